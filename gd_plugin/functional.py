@@ -1,0 +1,275 @@
+"""The mathematics of the gradient-decay softmax (arXiv 2210.17145): tensors in, tensors out, torch only.
+
+With logits z, target class c, ordinary softmax probability p = p_c and coefficient beta > 0 the loss is::
+
+    J_beta(z, c) = log( sum_{i != c} exp(z_i) + beta * exp(z_c) ) - z_c          J_1 = cross-entropy
+
+Everything below rests on the *target gap* ``u = logsumexp_{i != c} z_i - z_c``, of which both losses are functions::
+
+    J = log(exp(u) + beta)          cross-entropy = log(exp(u) + 1)
+
+The gap is computed from the logits without the target, so no digit is lost where the target is far ahead
+(1 - p -> 0), which is where beta < 1 amplifies: ``CE + log(1 - p + beta * p)`` would divide fp32 rounding by beta.
+What belongs to a sample (one number, not one per class) is kept in fp64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["gradient_decay_cross_entropy"]
+
+
+def gradient_decay_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    beta: float | Tensor = 1.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    return_cross_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Cross-entropy whose gradient decays with the target's probability at a rate set by ``beta``.
+
+    .. math:: J_\beta(z, c) = \log\Big(\sum_{i \neq c} e^{z_i} + \beta e^{z_c}\Big) - z_c, \qquad
+              \frac{\partial J}{\partial z_c} = -\frac{1 - p}{1 + (\beta - 1) p}
+
+    Torch equivalent: ``F.cross_entropy(input, target, weight, ignore_index=ignore_index, reduction=reduction,
+    label_smoothing=label_smoothing)``, to which it is equal at ``beta = 1`` in every combination of arguments. For a
+    class-index target and any beta it is cross-entropy on logits whose target entry is raised by ``log(beta)``, plus
+    ``log(beta)``. It tends to ``log(beta)`` as p -> 1: **it is negative for confident samples when beta < 1.**
+
+    Args:
+        input: logits, shape (C), (N, C) or (N, C, d1, ..., dK). fp16 and bf16 are computed in fp32.
+        target: class indices, shape (), (N) or (N, d1, ..., dK), any integer dtype; or class probabilities, shape
+            of ``input``: then J(z, q) = sum_k q_k J(z, k), each class with its own p_k.
+        beta: gradient-decay coefficient > 0 (paper, eq. 5): a float, a 0-dim tensor, or shape (C), one per class.
+            Tensors are not checked (a check would wait for the device) and may require grad.
+        weight: rescaling per class, shape (C).
+        ignore_index: class index that counts neither in the loss nor in the gradient (class indices only).
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``. As in torch the mean over class indices divides by the sum of
+            the weights of the targets, and the mean over probabilities by the number of samples.
+        label_smoothing: in [0, 1]; the target becomes (1 - eps) * target + eps / C.
+        return_cross_entropy: also return the plain cross-entropy of the same targets, without beta, weight and
+            label smoothing, detached, in the same reduction. It costs no further pass over the logits.
+
+    Returns:
+        The loss: 0-dim, or for ``"none"`` the shape of a class-index target. fp32 for fp16, bf16 and fp32 input (as
+        ``F.cross_entropy`` under autocast), fp64 for fp64. With ``return_cross_entropy`` a pair.
+
+    Raises:
+        ValueError: shapes that do not fit, ``beta`` not positive and finite, an unknown reduction, label smoothing
+            outside [0, 1], ``ignore_index`` >= 0 with class probabilities.
+        RuntimeError: a class index outside [0, C) that is not ``ignore_index`` (on CUDA: a device assert).
+
+    Source: Zhang, Xie and Chen, *Probability-Dependent Gradient Decay in Large Margin Softmax*, arXiv 2210.17145.
+
+    Example::
+
+        >>> logits = torch.randn(8, 10, requires_grad=True)
+        >>> target = torch.randint(10, (8,))
+        >>> gradient_decay_cross_entropy(logits, target, beta=5.0).backward()
+    """
+    dim = 0 if input.dim() == 1 else 1
+    soft = input.shape == target.shape
+    _check(input, target, beta, weight, ignore_index, reduction, label_smoothing, dim, soft)
+    log_beta = _log_beta(beta, input.device)
+
+    dtype = _compute_dtype(input)
+    if soft:
+        dtype = torch.promote_types(dtype, target.dtype)
+        loss, cross_entropy = _from_probabilities(input, target, log_beta, weight, label_smoothing, dim)
+        divisor = present = torch.ones_like(loss)
+    else:
+        if input.dim() == 1:
+            target = target.reshape(())  # torch takes a lone target of shape (1) too
+        ignored = target == ignore_index
+        index = target.masked_fill(ignored, 0).long()
+        loss, cross_entropy = _from_indices(input, index, log_beta, weight, label_smoothing, dim)
+        # Masked last, so that neither an infinite loss nor a 0 / 0 mean reaches the gradient of an ignored row.
+        loss, cross_entropy = loss.masked_fill(ignored, 0.0), cross_entropy.masked_fill(ignored, 0.0)
+        present = (~ignored).to(loss.dtype)
+        divisor = present if weight is None else weight.to(loss.dtype)[index].masked_fill(ignored, 0.0)
+
+    loss = _reduce(loss, reduction, divisor).to(dtype)
+    if not return_cross_entropy:
+        return loss
+    return loss, _reduce(cross_entropy.detach(), reduction, present).to(dtype)
+
+
+def _from_indices(logits, index, log_beta, weight, label_smoothing, dim):
+    """Per-sample (loss, plain cross-entropy) for class indices in [0, C)."""
+    if label_smoothing > 0:
+        onehot = torch.zeros_like(logits, dtype=_compute_dtype(logits)).scatter(dim, index.unsqueeze(dim), 1.0)
+        return _from_probabilities(logits, onehot, log_beta, weight, label_smoothing, dim)
+    gap = target_gap(logits, index, dim)
+    loss = _log_add(gap, log_beta[index] if log_beta.dim() else log_beta)
+    if weight is not None:
+        loss = loss * weight.to(loss.dtype)[index]
+    return loss, F.softplus(gap.detach(), threshold=40)
+
+
+def _from_probabilities(logits, target, log_beta, weight, label_smoothing, dim):
+    """As `_from_indices`, for class probabilities: sum_k q_k J_k.
+
+    ``J_k = log1p((beta_k - 1) p_k) - log p_k`` is exact while p_k <= 1/2. Only the largest logit can be above that:
+    that one class goes through the target gap.
+    """
+    dtype = torch.promote_types(_compute_dtype(logits), target.dtype)
+    logits, target = logits.to(dtype), target.to(dtype)
+    per_class = [1] * logits.dim()
+    per_class[dim] = -1
+    log_p = F.log_softmax(logits, dim)
+    cross_entropy = -_weighted_sum(target, log_p.detach(), dim)
+    if label_smoothing > 0:
+        target = target * (1 - label_smoothing) + label_smoothing / logits.shape[dim]
+    if weight is not None:
+        target = target * weight.to(dtype).reshape(per_class)
+
+    top = logits.detach().argmax(dim)
+    loss_of_top = _log_add(target_gap(logits, top, dim), log_beta[top] if log_beta.dim() else log_beta)
+    target_of_top = target.gather(dim, top.unsqueeze(dim)).squeeze(dim)
+
+    beta_minus_1 = torch.expm1(log_beta).to(dtype)
+    if log_beta.dim():
+        beta_minus_1 = beta_minus_1.reshape(per_class)
+    loss_of_others = torch.log1p(beta_minus_1 * log_p.exp()) - log_p
+    loss_of_others = loss_of_others.scatter(dim, top.unsqueeze(dim), 0.0)
+    return target_of_top * loss_of_top + _weighted_sum(target, loss_of_others, dim), cross_entropy
+
+
+class _TargetGap(torch.autograd.Function):
+    """``logsumexp_{i != c} z_i - z_c`` per sample; see `target_gap`. The twin that it must equal is `_exps_of_others`.
+
+    The gradient with respect to the logits is ``softmax_{i != c}(z) - onehot_c``: the exponentials of the forward are
+    kept and scaled once in the backward. Asked for a graph of the gradient (double backward, `torch.func`), the
+    backward repeats them as ordinary differentiable operations.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, target: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        exps, top = _exps_of_others(logits, target, dim)
+        total = exps.sum(dim)
+        rows = _row_dtype(logits.device)
+        ahead = top.squeeze(dim).to(rows) - logits.gather(dim, target.unsqueeze(dim)).squeeze(dim).to(rows)
+        return ahead + total.to(rows).log(), exps, total
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        logits, target, ctx.dim = inputs
+        _, exps, total = output
+        ctx.mark_non_differentiable(exps, total)
+        ctx.save_for_backward(logits, target, exps, total)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_) -> tuple[Tensor, None, None]:
+        logits, target, exps, total = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            exps, _ = _exps_of_others(logits, target, ctx.dim)
+            total = exps.sum(ctx.dim)
+        # The largest exponential is exactly 1, so a total below 1 is that of a row with no other class: 0 / 0 there.
+        scale = (grad / total.clamp_min(1.0)).to(exps.dtype)
+        grad_logits = exps * scale.unsqueeze(ctx.dim)
+        grad_logits = grad_logits.scatter(ctx.dim, target.unsqueeze(ctx.dim), -grad.unsqueeze(ctx.dim).to(exps.dtype))
+        return grad_logits.to(logits.dtype), None, None
+
+
+def target_gap(logits: Tensor, target: Tensor, dim: int = 1) -> Tensor:
+    """How far the target is behind all other classes: ``logsumexp_{i != c} z_i - z_c``; negative where it leads.
+
+    Args:
+        logits: shape (..., C, ...) with the classes in dimension ``dim``.
+        target: int64 class indices in [0, C), the shape of ``logits`` without ``dim``.
+
+    Returns:
+        The shape of ``target``, in fp64 (fp32 on devices without it). ``sigmoid(-gap)`` is the target's probability.
+        -inf where no other class has a finite logit, +inf where the target's logit is -inf.
+    """
+    return _TargetGap.apply(logits, target, dim)[0]
+
+
+def _exps_of_others(logits: Tensor, target: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """exp(z_i - max_{j != c} z_j), zero at the target, and that maximum (dimension kept), in at least fp32."""
+    others = logits.to(_compute_dtype(logits)).scatter(dim, target.unsqueeze(dim), -math.inf)
+    # A finite stand-in where every other class is -inf: their exponentials are then 0 instead of NaN.
+    top = others.detach().amax(dim, keepdim=True).clamp_min(torch.finfo(others.dtype).min)
+    if torch.is_grad_enabled():
+        return (others - top).exp(), top
+    return others.sub_(top).exp_(), top
+
+
+def _log_add(gap: Tensor, log_beta: Tensor) -> Tensor:
+    """log(exp(gap) + beta). Softplus, since the second derivative of torch.logaddexp overflows for gaps beyond 709."""
+    return log_beta + F.softplus(gap - log_beta, threshold=40)
+
+
+def _log_beta(beta: float | Tensor, device: torch.device) -> Tensor:
+    rows = _row_dtype(device)
+    if isinstance(beta, Tensor):
+        return beta.to(device=device, dtype=rows).log()
+    return torch.full((), math.log(beta), dtype=rows, device=device)
+
+
+def _weighted_sum(target: Tensor, values: Tensor, dim: int) -> Tensor:
+    """sum_k q_k v_k in row precision; a class of probability 0 adds nothing, even where v_k is infinite."""
+    return (target * values.masked_fill(target == 0, 0.0)).sum(dim, dtype=_row_dtype(values.device))
+
+
+def _reduce(values: Tensor, reduction: str, divisor: Tensor) -> Tensor:
+    if reduction == "none":
+        return values
+    return values.sum() if reduction == "sum" else values.sum() / divisor.sum()
+
+
+def _compute_dtype(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _row_dtype(device: torch.device) -> torch.dtype:
+    """fp64 for numbers of which there is one per sample; Apple's GPUs have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _check(input, target, beta, weight, ignore_index, reduction, label_smoothing, dim, soft) -> None:
+    """Everything that can be checked without reading a tensor's values."""
+    if not input.is_floating_point():
+        raise ValueError(f"input must hold floating-point logits, got {input.dtype}")
+    if input.dim() == 0 or input.shape[dim] == 0:
+        raise ValueError(f"input must have shape (C), (N, C) or (N, C, d1, ...) with C >= 1, got {tuple(input.shape)}")
+    num_classes = input.shape[dim]
+    if soft:
+        if not target.is_floating_point():
+            raise ValueError(
+                f"target has the shape of input, {tuple(target.shape)}, so it must hold class probabilities, got "
+                f"{target.dtype}; class indices leave the class dimension out"
+            )
+        if ignore_index >= 0:
+            raise ValueError(f"ignore_index is for class indices, got {ignore_index} with class probabilities")
+    else:
+        expected = input.shape[:dim] + input.shape[dim + 1 :]
+        if target.shape != expected and not (input.dim() == 1 and target.shape == (1,)):
+            raise ValueError(
+                f"target must have shape {tuple(expected)} (class indices) or {tuple(input.shape)} (class "
+                f"probabilities) for input of shape {tuple(input.shape)}, got {tuple(target.shape)}"
+            )
+        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+            raise ValueError(f"target must hold integer class indices, got {target.dtype}")
+    if isinstance(beta, Tensor):
+        if beta.dim() > 1 or (beta.dim() == 1 and len(beta) != num_classes):
+            raise ValueError(f"beta must be a scalar or have one value per class ({num_classes}), got {beta.shape}")
+    elif not (math.isfinite(beta) and beta > 0):
+        raise ValueError(f"beta must be positive and finite, got {beta}; 1 is cross-entropy")
+    if weight is not None and weight.shape != (num_classes,):
+        raise ValueError(f"weight must have one value per class, shape ({num_classes},), got {tuple(weight.shape)}")
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
