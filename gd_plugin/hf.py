@@ -1,0 +1,456 @@
+"""The gradient-decay loss inside the Hugging Face `Trainer`. Three ways in:
+
+1. Replace ``Trainer`` by `GradientDecayTrainer` and ``TrainingArguments`` by `GradientDecayTrainingArguments`.
+2. Put `GradientDecayMixin` before another Trainer class (TRL's, SetFit's, your own)::
+
+       class MyTrainer(GradientDecayMixin, SFTTrainer): ...
+       MyTrainer(..., gd_config=GradientDecayConfig(beta=5.0))
+
+3. Keep your Trainer, and pass a loss object with its callback::
+
+       loss = GradientDecayLossFunc(GradientDecayConfig(beta=5.0))
+       Trainer(..., compute_loss_func=loss, callbacks=[GradientDecayCallback(loss)])
+
+**The logged ``loss`` is negative where beta < 1 and samples are confident** (it tends to log(beta)). The plain
+``cross_entropy`` is logged beside it, and evaluation is plain cross-entropy in all three ways.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .config import GradientDecayConfig
+from .functional import gradient_decay_cross_entropy
+from .loss import GradientDecayLoss
+from .metrics import ClassificationMetrics
+from .schedule import beta_at
+
+__all__ = [
+    "GradientDecayCallback",
+    "GradientDecayLossFunc",
+    "GradientDecayMixin",
+    "GradientDecayTrainer",
+    "GradientDecayTrainingArguments",
+]
+
+IGNORE_INDEX = -100  # the Trainer's: it counts the labels that differ from it
+
+
+@dataclass
+class GradientDecayTrainingArguments(TrainingArguments):
+    """``TrainingArguments`` and the knobs of `GradientDecayConfig`, each with the prefix ``gd_``.
+
+    Through ``HfArgumentParser`` any script gets ``--gd_beta 5 --gd_beta_start 0.01 --gd_warmup_ratio 0.5``.
+    In Python one number will do where a flag takes a list: ``gd_beta=5.0``.
+    """
+
+    gd_beta: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={
+            "help": "Gradient-decay coefficient > 0: 1 is cross-entropy, larger calibrates, smaller widens the margin. "
+            "One number, or one per class."
+        },
+    )
+    gd_beta_start: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Coefficient of the first update; needs one of the gd_warmup_* lengths. "
+            "One number, or one per class."
+        },
+    )
+    gd_schedule: str = field(
+        default="linear",
+        metadata={"help": "Shape of the warm-up from gd_beta_start to gd_beta: linear, geometric, cosine or constant."},
+    )
+    gd_warmup_ratio: float = field(
+        default=0.0, metadata={"help": "Length of beta's warm-up as a fraction of training, 0 to 1."}
+    )
+    gd_warmup_steps: int = field(default=0, metadata={"help": "Length of beta's warm-up in optimizer updates."})
+    gd_warmup_epochs: float = field(default=0.0, metadata={"help": "Length of beta's warm-up in epochs."})
+    gd_class_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight per class, as `weight` of torch.nn.CrossEntropyLoss."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        _ = self.gd_config  # checked here, before a model or a data set is loaded
+
+    @property
+    def gd_config(self) -> GradientDecayConfig:
+        """The checked configuration. Raises ``ValueError`` naming the ``gd_*`` argument."""
+        values = {f.name: getattr(self, f"gd_{f.name}") for f in dataclasses.fields(GradientDecayConfig)}
+        for name in ("beta", "beta_start"):  # a flag that takes one or several numbers yields a list
+            if isinstance(values[name], list) and len(values[name]) == 1:
+                values[name] = values[name][0]
+        try:
+            return GradientDecayConfig(**values)
+        except ValueError as error:
+            raise ValueError(_with_prefix(error)) from None
+
+
+class GradientDecayLossFunc:
+    """The loss in the form of the Trainer's ``compute_loss_func``: called with the model's outputs and the labels.
+
+    Returns ``sum of losses / num_items_in_batch``, so that it is the same whatever the accumulation steps and the
+    number of processes. Without gradients (evaluation) it is plain cross-entropy: no beta, weights or smoothing.
+
+    It learns from its `GradientDecayCallback` what the Trainer knows: whether the model's labels are to be shifted
+    (causal language models), ``label_smoothing_factor`` and the device; and beta at every update.
+
+    Class weights: `GradientDecayMixin` divides by the sum of the labels' weights in the whole update, which is
+    ``F.cross_entropy``'s weighted mean. Used with an ordinary Trainer, which counts labels and not weights, the sum
+    is divided by the number of labels: give weights whose mean over the labels is 1.
+
+    Args:
+        config: checked knobs; `GradientDecayConfig()` is cross-entropy, with none of the model heads' own
+            normalisation errors under gradient accumulation (transformers#47688).
+    """
+
+    def __init__(self, config: GradientDecayConfig) -> None:
+        self.config = config
+        starts, ends = config.beta_start, config.beta
+        per_class = next((b for b in (ends, starts) if isinstance(b, tuple)), None)
+        weight = None if config.class_weights is None else torch.tensor(config.class_weights)
+        self.loss = GradientDecayLoss(per_class or ends, weight, IGNORE_INDEX)
+        self.loss.set_beta(ends)
+        self.shift_labels: bool | None = None  # known once the callback has met the model
+        self._cross_entropy: Tensor | None = None
+
+    def bind(self, model: nn.Module, args: TrainingArguments) -> None:
+        """Take from the model and the Trainer's arguments what the loss depends on; called by the callback."""
+        self.shift_labels = _shifts_labels(model)
+        self.loss.label_smoothing = args.label_smoothing_factor
+        self.loss.to(args.device)
+        # (sum of plain cross-entropy, number of targets) since the last logging step, on the device.
+        self._cross_entropy = torch.zeros(2, dtype=torch.float32, device=args.device)
+
+    def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """
+        Args:
+            outputs: the model's: a mapping with ``logits`` (..., C), or a tuple that begins with them.
+            labels: class indices (...), or class probabilities (..., C).
+            num_items_in_batch: how many labels the whole update has; ``None`` for the mean of this batch.
+        """
+        if self.shift_labels is None:
+            raise RuntimeError(
+                "the gradient-decay loss does not know its model: pass callbacks=[GradientDecayCallback(loss)] to the "
+                "Trainer together with compute_loss_func=loss"
+            )
+        if labels is None:
+            raise ValueError(
+                "the batch has no labels: the gradient-decay loss needs a column 'labels' (or 'label'), or "
+                "GradientDecayTrainer with label_names=['your_column']"
+            )
+        logits, target = _align(_logits(outputs), labels, self.shift_labels)
+        divisor = _divisor(num_items_in_batch, target, logits.shape[-1])
+        reduction = "mean" if divisor is None else "sum"
+        if not torch.is_grad_enabled():
+            loss = gradient_decay_cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction=reduction)
+            return loss if divisor is None else loss / divisor
+
+        loss, cross_entropy = gradient_decay_cross_entropy(
+            logits,
+            target,
+            self.loss.beta,
+            self.loss.weight,
+            self.loss.ignore_index,
+            reduction,
+            self.loss.label_smoothing,
+            return_cross_entropy=True,
+        )
+        self._cross_entropy += torch.stack([cross_entropy.float(), _count(target)])
+        return loss if divisor is None else loss / divisor
+
+    def pop_cross_entropy(self) -> float:
+        """Mean plain cross-entropy of the training targets since the last call, over all processes. Waits."""
+        total, count = reduce(self._cross_entropy, reduction="sum").tolist()
+        self._cross_entropy.zero_()
+        return total / count if count else float("nan")
+
+
+class GradientDecayCallback(TrainerCallback):
+    """Sets beta before every update and logs it, with the plain cross-entropy, beside every training ``loss``.
+
+    beta is a pure function of ``state.global_step``: a run resumed in the middle of a warm-up needs nothing from the
+    checkpoint. After an update that mixed precision skipped, ``global_step`` and with it beta advance all the same.
+
+    Adds to each training log: ``gd_beta``, of the update just made (mean over the classes where it is per class), and
+    ``cross_entropy``, plain, mean over the logged interval. ``loss`` is negative for confident samples at beta < 1.
+    Reporters (TensorBoard, W&B) see both if this callback stands before theirs, as `GradientDecayMixin` arranges;
+    the console and ``state.log_history`` always do.
+    """
+
+    def __init__(self, loss: GradientDecayLossFunc) -> None:
+        self.loss = loss
+        self._schedule: GradientDecayConfig | None = None
+        self._beta: float | tuple[float, ...] | None = None
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        _refuse_data_parallel(args)
+        self.loss.bind(model, args)
+
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        self.on_init_end(args, state, control, model=model)  # not called where add_callback came after the Trainer
+        try:
+            updates_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+        except TypeError:  # an iterable data set has no length
+            updates_per_epoch = None
+        try:
+            self._schedule = self.loss.config.resolve(state.max_steps, updates_per_epoch)
+        except ValueError as error:
+            raise ValueError(_with_prefix(error)) from None
+        self._beta = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        beta = beta_at(self._schedule, state.global_step / state.max_steps)
+        if beta != self._beta:  # nothing at all to do once the warm-up is over
+            self.loss.loss.set_beta(beta)
+            self._beta = beta
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs is None or "loss" not in logs or self._beta is None:
+            return
+        beta = self._beta if isinstance(self._beta, float) else sum(self._beta) / len(self._beta)
+        added = {"gd_beta": beta, "cross_entropy": self.loss.pop_cross_entropy()}
+        logs.update(added)
+        state.log_history[-1].update(added)
+
+
+class GradientDecayMixin:
+    """Puts the gradient-decay loss, its schedule and calibration metrics into the Trainer class that follows it.
+
+    Args:
+        gd_config: the knobs; by default those of ``args`` (`GradientDecayTrainingArguments`).
+        *args, **kwargs: the Trainer's own. Without ``compute_metrics``, classifiers are evaluated with
+            `gd_plugin.metrics.ClassificationMetrics`, batch by batch, so that no logits are kept; the bins of the
+            last reliability diagram are in ``trainer.reliability``.
+
+    Raises:
+        ValueError: a model that is not a softmax classifier or language model, per-class knobs of another length
+            than the model's classes, several GPUs in one process (DataParallel), labels outside the classes.
+    """
+
+    # Our loss is divided by the labels of the whole update, so the Trainer must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args, gd_config: GradientDecayConfig | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func is set, and so is the gradient-decay loss; remove one of them")
+        if gd_config is None:
+            gd_config = getattr(self.args, "gd_config", None)
+        if gd_config is None:
+            raise ValueError(
+                "no gradient-decay configuration: use GradientDecayTrainingArguments, or pass "
+                "gd_config=GradientDecayConfig(beta=...)"
+            )
+        if len(self.label_names) != 1:
+            raise ValueError(
+                f"the gradient-decay loss needs exactly one label column, this model has {self.label_names}; name it "
+                "with label_names=['labels'] in the training arguments"
+            )
+        self._label_name = self.label_names[0]
+        num_classes = _check_model(self.model)
+        if num_classes is not None:
+            try:
+                gd_config.check_num_classes(num_classes)
+            except ValueError as error:
+                raise ValueError(_with_prefix(error)) from None
+            self.data_collator = _CheckedCollator(self.data_collator, self._label_name, num_classes)
+
+        self.gd_config = gd_config
+        self.compute_loss_func = GradientDecayLossFunc(gd_config)
+        callback = GradientDecayCallback(self.compute_loss_func)
+        # First, so that every reporter sees what it adds to the logs.
+        self.callback_handler.callbacks.insert(0, callback)
+        callback.on_init_end(self.args, self.state, self.control, model=self.model)
+
+        self._metrics: ClassificationMetrics | None = None
+        if self.compute_metrics is None and not self.args.prediction_loss_only and not _is_language_model(self.model):
+            self._metrics = ClassificationMetrics(ignore_index=IGNORE_INDEX)
+            self.compute_metrics = self._compute_metrics
+            self.args.batch_eval_metrics = True
+        self.reliability: list[dict] | None = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = self._with_labels(inputs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if not return_outputs:
+            return loss
+        # `prediction_step` drops a tuple's first entry, which it takes for the model's own loss.
+        return loss, outputs if isinstance(outputs, dict) else (loss, *outputs)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        """How many targets the update has on all processes, or the sum of their weights with class weights.
+
+        The Trainer's own count looks under the key ``labels`` only, and before transformers 5.2 does not leave out
+        the first position of a causal language model, which is never predicted.
+        """
+        batches = [self._with_labels(batch) for batch in batch_samples]
+        if self.compute_loss_func.shift_labels:
+            shifted = [b["shift_labels"] if "shift_labels" in b else b["labels"][..., 1:] for b in batches]
+            batches = [{"labels": labels, "shift_labels": labels} for labels in shifted]
+        count = super()._get_num_items_in_batch(batches, device)
+        weight = self.compute_loss_func.loss.weight
+        if weight is None or count is None or batches[0]["labels"].is_floating_point():
+            return count
+        # Times the mean weight of the update's targets, over the same processes.
+        sums = torch.zeros(1, 2, device=device)
+        for batch in batches:
+            labels = batch["labels"].to(device)
+            counted = labels != IGNORE_INDEX
+            weights = weight[labels.masked_fill(~counted, 0)].masked_fill(~counted, 0.0)
+            sums[0] += torch.stack([weights.sum(), counted.sum()])
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            sums = self.accelerator.gather(sums)
+        total, targets = sums.sum(0)
+        return count * total / targets
+
+    def _with_labels(self, inputs: dict) -> dict:
+        """The batch with its labels under the key that the Trainer takes away before the model's forward."""
+        if self._label_name == "labels" or self._label_name not in inputs:
+            return inputs
+        renamed = {key: value for key, value in inputs.items() if key != self._label_name}
+        return {**renamed, "labels": inputs[self._label_name]}
+
+    def evaluation_loop(self, *args, **kwargs):
+        if self._metrics is not None:
+            self._metrics.reset()  # of an evaluation that was interrupted
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _compute_metrics(self, prediction, compute_result: bool = True) -> dict[str, float]:
+        logits = prediction.predictions
+        logits = logits[0] if isinstance(logits, (tuple, list)) else logits
+        self._metrics.update(torch.as_tensor(logits), torch.as_tensor(prediction.label_ids))
+        if not compute_result:
+            return {}
+        self.reliability = self._metrics.reliability()
+        return self._metrics.compute()
+
+
+class GradientDecayTrainer(GradientDecayMixin, Trainer):
+    """``transformers.Trainer`` with the gradient-decay loss; the one changed line. See `GradientDecayMixin`."""
+
+
+@dataclass
+class _CheckedCollator:
+    """Refuses labels outside the classes while they are still on the CPU, before they become a device assert."""
+
+    collator: Any
+    label_name: str
+    num_classes: int
+
+    def __call__(self, features: list) -> dict:
+        batch = self.collator(features)
+        labels = batch.get(self.label_name)
+        if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.device.type == "cpu":
+            wrong = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= self.num_classes))]
+            if wrong.numel():
+                raise ValueError(
+                    f"label {wrong[0].item()} is outside the model's {self.num_classes} classes (0 to "
+                    f"{self.num_classes - 1}; {IGNORE_INDEX} is ignored): load the model with the right num_labels, or "
+                    "mend the labels"
+                )
+        return batch
+
+
+def _logits(outputs: Any) -> Tensor:
+    if isinstance(outputs, dict):
+        if "logits" not in outputs:
+            raise ValueError(f"the model returned no 'logits', only {', '.join(outputs)}")
+        return outputs["logits"]
+    return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+
+
+def _align(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
+    """(N, C) logits and (N) or (N, C) targets; the only place where labels are shifted."""
+    num_classes = logits.shape[-1]
+    soft = labels.shape == logits.shape and labels.is_floating_point()
+    if shift:
+        # The labels move, not the logits: a copy of the logits of a large vocabulary is what runs out of memory.
+        labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+    target = labels.to(logits.device)
+    target = target.reshape(-1, num_classes) if soft else target.reshape(-1)
+    return logits.reshape(-1, num_classes), target
+
+
+def _count(target: Tensor) -> Tensor:
+    """Targets that count, fp32 on their device."""
+    if target.is_floating_point():
+        return torch.full((), float(len(target)), device=target.device)
+    return (target != IGNORE_INDEX).sum().to(torch.float32)
+
+
+def _divisor(num_items: Tensor | int | None, target: Tensor, num_classes: int) -> Tensor | int | None:
+    if num_items is None:
+        return None
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(DATA_PARALLEL.format(n=num_items.numel()))
+        num_items = num_items.to(target.device)
+    # The Trainer counts every entry of the labels, and class probabilities have one per class.
+    return num_items / num_classes if target.is_floating_point() else num_items
+
+
+DATA_PARALLEL = (
+    "{n} GPUs in one process (DataParallel) would make the loss {n} times too large: start one process per GPU with "
+    "`torchrun --nproc-per-node {n} ...` or `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES=0"
+)
+
+
+def _refuse_data_parallel(args: TrainingArguments) -> None:
+    if args.n_gpu > 1:
+        raise ValueError(DATA_PARALLEL.format(n=args.n_gpu))
+
+
+def _kind_of_loss(model: nn.Module) -> Any:
+    """The function that transformers itself would compute this model's loss with, or None."""
+    model = getattr(model, "get_base_model", lambda: model)()  # PEFT
+    # GPT2LMHeadModel and its like have no loss type of their own; the Trainer knows them by name.
+    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return ForCausalLMLoss
+    return LOSS_MAPPING.get(getattr(model, "loss_type", None))
+
+
+def _is_language_model(model: nn.Module) -> bool:
+    return _kind_of_loss(model) in (ForCausalLMLoss, ForMaskedLMLoss)
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Whether position i predicts label i + 1; an encoder-decoder's labels are aligned with its logits."""
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return _kind_of_loss(model) is ForCausalLMLoss and not encoder_decoder
+
+
+def _check_model(model: nn.Module) -> int | None:
+    """The number of classes where the model's configuration tells it; ValueError where softmax does not apply."""
+    config = getattr(model, "config", None)
+    if config is None or _is_language_model(model):
+        return None
+    problem = getattr(config, "problem_type", None)
+    if problem in ("regression", "multi_label_classification"):
+        raise ValueError(
+            f"problem_type is {problem!r}: the gradient-decay loss is a softmax over mutually exclusive classes; "
+            "remove problem_type, or use the ordinary Trainer"
+        )
+    num_labels = getattr(config, "num_labels", None)
+    if num_labels == 1:
+        raise ValueError("the model has num_labels=1 (regression); a softmax needs at least 2 classes")
+    return num_labels
+
+
+def _with_prefix(error: ValueError) -> str:
+    """A `GradientDecayConfig` message, which names its fields, in the names of the training arguments."""
+    names = "|".join(f.name for f in dataclasses.fields(GradientDecayConfig))
+    return re.sub(rf"\b({names})\b", r"gd_\1", str(error))
