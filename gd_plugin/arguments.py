@@ -1,0 +1,237 @@
+"""Flags and recipes of `gd-plugin train`: one parser, `HfArgumentParser`, reads and checks both.
+
+A recipe is a YAML file of the same names as the flags. ``runs`` in it maps a name to what differs for that run::
+
+    dataset: digits
+    model: timm:test_efficientnet
+    runs:
+      cross-entropy: {gd_beta: 1}
+      warm-up: {gd_beta: 5, gd_beta_start: 0.01, gd_warmup_ratio: 0.5}
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+from .hf import GradientDecayTrainingArguments
+
+__all__ = ["DATASET_HELP", "DataArguments", "ModelArguments", "Run", "RunArguments", "json_mapping", "parse"]
+
+DATASET_HELP = "a data set of the Hub (ylecun/mnist), a local folder, or `digits` (built in)"
+# Where `gd-plugin train` differs from TrainingArguments: a run evaluates and saves after every epoch.
+DEFAULTS = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "logging_steps": 10,
+    "report_to": ["none"],
+    "disable_tqdm": True,
+    "dataloader_pin_memory": torch.accelerator.is_available(),
+}
+# What a run is asked to do, as opposed to what it is.
+NOT_SETTINGS = ("output_dir", "overwrite", "resume", "runs", "hub_token")
+
+
+@dataclass
+class DataArguments:
+    """Which data set, and which of its columns and splits."""
+
+    _argument_group_name = "data"
+
+    dataset: str | None = HfArg(default=None, help=f"The data: {DATASET_HELP}.")
+    dataset_config: str | None = HfArg(default=None, help="Configuration of a Hub data set, e.g. cropped_digits.")
+    image_column: str | None = HfArg(default=None, help="Image column; by default found by its type.")
+    text_column: str | None = HfArg(default=None, help="Text column; by default found by its type.")
+    label_column: str | None = HfArg(default=None, help="Label column; by default found by its type or name.")
+    train_split: str = HfArg(default="train", help="Split to train on.")
+    validation_split: str | None = HfArg(
+        default=None, help="Split evaluated after every epoch; by default `validation`, or else cut from training."
+    )
+    validation_fraction: float = HfArg(
+        default=0.1, help="Part of the training split that is cut off where there is no validation split."
+    )
+    test_split: str | None = HfArg(
+        default=None, help="Split for the final metrics; by default `test`, or else the validation split."
+    )
+    max_train_samples: int | None = HfArg(default=None, help="Use only the first samples of the training split.")
+    max_eval_samples: int | None = HfArg(
+        default=None, help="Use only the first samples of the validation and of the test split."
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Which model."""
+
+    _argument_group_name = "model"
+
+    model: str | None = HfArg(
+        default=None,
+        help="A local folder, a Hub name (google/vit-base-patch16-224, timm/resnet18.a1_in1k), or timm:ARCHITECTURE "
+        "for an untrained timm model.",
+    )
+    image_size: int | None = HfArg(
+        default=None, help="Height and width of a timm:ARCHITECTURE's input in pixels; by default its own."
+    )
+    model_args: str | None = HfArg(
+        default=None, help="More arguments of timm.create_model for timm:ARCHITECTURE, as JSON: '{\"img_size\": 32}'."
+    )
+
+
+@dataclass
+class RunArguments:
+    """What to do with the output folder, and several runs side by side."""
+
+    _argument_group_name = "run"
+
+    runs: str | None = HfArg(
+        default=None,
+        help="Several runs side by side, JSON of name -> what differs: "
+        '\'{"ce": {"gd_beta": 1}, "gd": {"gd_beta": 5}}\'.',
+    )
+    overwrite: bool = HfArg(default=False, help="Replace a run that is already in the output folder.")
+    resume: bool = HfArg(default=False, help="Go on from the last checkpoint in the output folder.")
+
+
+@dataclass
+class Run:
+    """One training: its checked arguments, and what they were asked to be."""
+
+    name: str
+    args: GradientDecayTrainingArguments
+    settings: dict[str, Any]
+    data: DataArguments
+    model: ModelArguments
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.args.output_dir)
+
+
+class _Parser(HfArgumentParser):
+    """An argument parser whose errors are one line, raised and not printed with the usage of 150 flags."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            [DataArguments, ModelArguments, RunArguments, GradientDecayTrainingArguments],
+            prog="gd-plugin train",
+            usage="gd-plugin train [RECIPE] [--flag value ...]",
+            description="Fine-tune a classifier with the gradient-decay loss. RECIPE is a YAML file of the flags "
+            "below, or the name of one that comes with the package (digits). Flags override the recipe.",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.set_defaults(**DEFAULTS)
+
+    def error(self, message: str):
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            message = f"{unknown[1]} is not a flag of gd-plugin train{self.nearest(unknown[1].lstrip('-'))}"
+        raise ValueError(message)
+
+    def nearest(self, name: str) -> str:
+        known = [action.dest for action in self._actions]
+        near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+        return f"; did you mean {near[0]}?" if near else "; --help lists them"
+
+
+def parse(argv: list[str], recipes: Path) -> tuple[list[Run], argparse.Namespace]:
+    parser = _Parser()
+    words = list(argv)
+    recipe_name = None
+    if words and not words[0].startswith("-"):
+        path = _find_recipe(words.pop(0), recipes)
+        recipe_name = path.stem
+        words = _read_recipe(path, parser) + words
+    options = parser.parse_args(words)
+    if options.overwrite and options.resume:
+        raise ValueError("--overwrite and --resume contradict each other; keep one")
+    if options.output_dir == parser.get_default("output_dir"):
+        options.output_dir = str(Path("runs") / (recipe_name or Path(str(options.dataset)).name))
+
+    variants = {"run": {}} if options.runs is None else json_mapping("runs", options.runs)
+    runs, folders = [], set()
+    for name, differences in variants.items():
+        folder = Path(options.output_dir)
+        if options.runs is not None:
+            if not isinstance(differences, dict):
+                raise ValueError(f"runs: {name} must map flags to values, got {differences!r}")
+            given = [key for key in differences if any(w.split("=")[0].replace("-", "_") == f"__{key}" for w in argv)]
+            if given:
+                raise ValueError(f"--{given[0]} is set by the run {name!r} of the recipe; leave it out, or give --runs")
+            slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "run"
+            folder /= slug
+        if folder in folders:
+            raise ValueError(f"runs: two runs would share the folder {folder}; give them other names")
+        folders.add(folder)
+        of_run = words + _flags(differences, parser, f"runs: {name}") + [f"--output_dir={folder}"]
+        data, model, _, args = parser.parse_args_into_dataclasses(of_run, look_for_args_file=False)
+        values = vars(parser.parse_args(of_run)).items()
+        settings = {k: v for k, v in values if v != parser.get_default(k) and k not in NOT_SETTINGS}
+        runs.append(Run(name if options.runs is not None else _describe(args), args, settings, data, model))
+    return runs, options
+
+
+def _find_recipe(name: str, recipes: Path) -> Path:
+    for path in (Path(name), recipes / name, recipes / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(p.stem for p in recipes.glob("*.yaml")))
+    raise ValueError(
+        f"there is no recipe {name}; give a YAML file, or one of those that come with the package: {known}"
+    )
+
+
+def _read_recipe(path: Path, parser: _Parser) -> list[str]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must map flags to values, such as `dataset: digits`")
+    return _flags(values, parser, str(path))
+
+
+def _flags(values: dict[str, Any], parser: _Parser, where: str) -> list[str]:
+    """A mapping as words of the command line, so that one parser converts and checks both."""
+    known = {action.dest for action in parser._actions}
+    words = []
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(f"{where}: {key} is not a flag of gd-plugin train{parser.nearest(str(key))}")
+        if value is None:
+            continue
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        else:
+            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
+
+
+def json_mapping(flag: str, text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--{flag} is not JSON ({error}): {text[:80]}") from None
+    if not isinstance(value, dict) or (flag == "runs" and not value):
+        raise ValueError(f"--{flag} must be a JSON object, got {text[:80]}")
+    return value
+
+
+def _describe(args: GradientDecayTrainingArguments) -> str:
+    """A name for a single run: what its loss is."""
+    config = args.gd_config
+    if config.beta_start is not None:
+        return f"beta {config.beta_start} to {config.beta}"
+    return "cross-entropy" if config.beta == 1.0 else f"beta {config.beta}"

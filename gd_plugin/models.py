@@ -1,0 +1,73 @@
+"""Models for `gd-plugin train`: from the Hub, from a folder, or an untrained timm architecture."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from .arguments import ModelArguments, json_mapping
+from .data import ClassificationData
+
+__all__ = ["build_model"]
+
+
+def build_model(args: ModelArguments, data: ClassificationData) -> tuple[Any, Any]:
+    """(model, image processor or tokenizer) for the data's classes."""
+    if not args.model:
+        raise ValueError("no model: give --model, a local folder, a Hub name, or timm:ARCHITECTURE")
+    labels = dict(enumerate(data.label_names))
+    classes = {"num_labels": len(labels), "id2label": labels, "label2id": {name: i for i, name in labels.items()}}
+    if args.model.startswith("timm:"):
+        if data.kind != "image":
+            raise ValueError(f"--model {args.model} classifies images, and {data.name} holds text")
+        return _untrained_timm_model(args, classes)
+    processor_class, model_class = (
+        (AutoImageProcessor, AutoModelForImageClassification)
+        if data.kind == "image"
+        else (AutoTokenizer, AutoModelForSequenceClassification)
+    )
+    try:
+        processor = processor_class.from_pretrained(args.model)
+        model = model_class.from_pretrained(args.model, ignore_mismatched_sizes=True, **classes)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"--model {args.model} is not a model for {data.kind} classification: {reason}") from error
+    return model, processor
+
+
+def _untrained_timm_model(args: ModelArguments, classes: dict[str, Any]) -> tuple[Any, Any]:
+    import timm
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperImageProcessor
+
+    architecture = args.model.removeprefix("timm:")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them"
+        raise ValueError(f"--model {args.model}: timm has no such architecture; {hint}")
+    cfg = timm.get_pretrained_cfg(architecture)
+    size = [3, args.image_size, args.image_size] if args.image_size else list(cfg.input_size)
+    pretrained_cfg = {
+        "input_size": size,
+        "mean": list(cfg.mean),
+        "std": list(cfg.std),
+        "interpolation": cfg.interpolation,
+        "crop_pct": 1.0,  # the whole image
+    }
+    config = TimmWrapperConfig(
+        architecture=architecture,
+        model_args=json_mapping("model_args", args.model_args) if args.model_args else None,
+        pretrained_cfg=pretrained_cfg,
+        **classes,
+    )
+    try:
+        model = TimmWrapperForImageClassification(config)
+    except TypeError as error:
+        raise ValueError(f"--model_args {args.model_args}: {error}") from error
+    return model, TimmWrapperImageProcessor(pretrained_cfg=pretrained_cfg, architecture=architecture)
