@@ -113,6 +113,8 @@ class GradientDecayConfig:
             name, updates = "warmup_epochs", self.warmup_epochs * updates_per_epoch
         else:
             return self
+        if math.isclose(updates, total_updates):  # 0.28 epochs of 25 updates are 7.000000000000001
+            updates = total_updates
         if updates > total_updates:
             raise ValueError(
                 f"{name} is {getattr(self, name)}, {updates:g} updates, but training has only {total_updates}; "
@@ -172,7 +174,11 @@ def _positive(name: str, value: Any) -> float | tuple[float, ...]:
     if isinstance(value, (list, tuple)):
         if not value:
             raise ValueError(f"{name} is an empty list; give one number, or one number per class")
-        return tuple(_positive(name, v) for v in value)
+        return tuple(_positive_number(name, v) for v in value)
+    return _positive_number(name, value)
+
+
+def _positive_number(name: str, value: Any) -> float:
     if _number(name, value) <= 0:
         raise ValueError(f"{name} must be greater than 0, got {value}; 1 is cross-entropy, 0.01 a small value")
     return float(value)

@@ -89,13 +89,14 @@ def gradient_decay_cross_entropy(
     else:
         if input.dim() == 1:
             target = target.reshape(())  # torch takes a lone target of shape (1) too
+        target = target.long()  # before the comparison: in uint8, -100 is class 156
         ignored = target == ignore_index
-        index = target.masked_fill(ignored, 0).long()
+        index = target.masked_fill(ignored, 0)
         loss, cross_entropy = _from_indices(input, index, log_beta, weight, label_smoothing, dim)
         # Masked last, so that neither an infinite loss nor a 0 / 0 mean reaches the gradient of an ignored row.
         loss, cross_entropy = loss.masked_fill(ignored, 0.0), cross_entropy.masked_fill(ignored, 0.0)
         present = (~ignored).to(loss.dtype)
-        divisor = present if weight is None else weight.to(loss.dtype)[index].masked_fill(ignored, 0.0)
+        divisor = present if weight is None else _of_class(weight, index).to(loss.dtype).masked_fill(ignored, 0.0)
 
     loss = _reduce(loss, reduction, divisor).to(dtype)
     if not return_cross_entropy:
@@ -109,17 +110,17 @@ def _from_indices(logits, index, log_beta, weight, label_smoothing, dim):
         onehot = torch.zeros_like(logits, dtype=_compute_dtype(logits)).scatter(dim, index.unsqueeze(dim), 1.0)
         return _from_probabilities(logits, onehot, log_beta, weight, label_smoothing, dim)
     gap = target_gap(logits, index, dim)
-    loss = _log_add(gap, log_beta[index] if log_beta.dim() else log_beta)
+    loss = _log_add(gap, _of_class(log_beta, index))
     if weight is not None:
-        loss = loss * weight.to(loss.dtype)[index]
+        loss = loss * _of_class(weight, index)
     return loss, F.softplus(gap.detach(), threshold=40)
 
 
 def _from_probabilities(logits, target, log_beta, weight, label_smoothing, dim):
     """As `_from_indices`, for class probabilities: sum_k q_k J_k.
 
-    ``J_k = log1p((beta_k - 1) p_k) - log p_k`` is exact while p_k <= 1/2. Only the largest logit can be above that:
-    that one class goes through the target gap.
+    With ``gap_k = log(1 - p_k) - log p_k``, exact while p_k <= 1/2. Only the largest logit can be above that: that one
+    class goes through the target gap.
     """
     dtype = torch.promote_types(_compute_dtype(logits), target.dtype)
     logits, target = logits.to(dtype), target.to(dtype)
@@ -133,13 +134,12 @@ def _from_probabilities(logits, target, log_beta, weight, label_smoothing, dim):
         target = target * weight.to(dtype).reshape(per_class)
 
     top = logits.detach().argmax(dim)
-    loss_of_top = _log_add(target_gap(logits, top, dim), log_beta[top] if log_beta.dim() else log_beta)
+    loss_of_top = _log_add(target_gap(logits, top, dim), _of_class(log_beta, top))
     target_of_top = target.gather(dim, top.unsqueeze(dim)).squeeze(dim)
 
-    beta_minus_1 = torch.expm1(log_beta).to(dtype)
-    if log_beta.dim():
-        beta_minus_1 = beta_minus_1.reshape(per_class)
-    loss_of_others = torch.log1p(beta_minus_1 * log_p.exp()) - log_p
+    log_p = log_p.scatter(dim, top.unsqueeze(dim), -1.0)  # any p < 1: log(1 - p) and its gradient must be finite
+    log_beta_of_others = log_beta.to(dtype).reshape(per_class) if log_beta.dim() else log_beta
+    loss_of_others = _log_add(torch.log1p(-log_p.exp()) - log_p, log_beta_of_others)
     loss_of_others = loss_of_others.scatter(dim, top.unsqueeze(dim), 0.0)
     return target_of_top * loss_of_top + _weighted_sum(target, loss_of_others, dim), cross_entropy
 
@@ -218,9 +218,15 @@ def _log_beta(beta: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((), math.log(beta), dtype=rows, device=device)
 
 
+def _of_class(values: Tensor, index: Tensor) -> Tensor:
+    """The entry of ``values`` (C) for every index; a scalar as it is. (vmap has no indexing with a 0-dim tensor.)"""
+    return values.gather(0, index.reshape(-1)).reshape(index.shape) if values.dim() else values
+
+
 def _weighted_sum(target: Tensor, values: Tensor, dim: int) -> Tensor:
     """sum_k q_k v_k in row precision; a class of probability 0 adds nothing, even where v_k is infinite."""
-    return (target * values.masked_fill(target == 0, 0.0)).sum(dim, dtype=_row_dtype(values.device))
+    values = values.masked_fill((target == 0) & values.isinf(), 0.0)
+    return (target * values).sum(dim, dtype=_row_dtype(values.device))
 
 
 def _reduce(values: Tensor, reduction: str, divisor: Tensor) -> Tensor:
@@ -265,7 +271,7 @@ def _check(input, target, beta, weight, ignore_index, reduction, label_smoothing
     if isinstance(beta, Tensor):
         if beta.dim() > 1 or (beta.dim() == 1 and len(beta) != num_classes):
             raise ValueError(f"beta must be a scalar or have one value per class ({num_classes}), got {beta.shape}")
-    elif not (math.isfinite(beta) and beta > 0):
+    elif not 0 < beta < math.inf:
         raise ValueError(f"beta must be positive and finite, got {beta}; 1 is cross-entropy")
     if weight is not None and weight.shape != (num_classes,):
         raise ValueError(f"weight must have one value per class, shape ({num_classes},), got {tuple(weight.shape)}")

@@ -70,7 +70,7 @@ class GradientDecayLoss(nn.Module):
 def _checked(beta: float | Sequence[float] | Tensor) -> Tensor:
     if isinstance(beta, Tensor) and beta.device.type != "cpu":
         return beta.detach()  # reading it to check it would wait for the device
-    value = torch.as_tensor(beta, dtype=torch.float32).detach()
+    value = torch.as_tensor(beta, dtype=torch.float32, device="cpu").detach()
     if value.dim() > 1 or not (torch.isfinite(value) & (value > 0)).all():
         raise ValueError(f"beta must be positive and finite, one number or one per class, got {beta}")
     return value

@@ -41,7 +41,7 @@ def beta_at(config: GradientDecayConfig, progress: float) -> float | tuple[float
 
 def _between(schedule: str, start: float, end: float, way: float) -> float:
     if schedule == "geometric":
-        return math.exp((1 - way) * math.log(start) + way * math.log(end))
+        return start * (end / start) ** way
     if schedule == "cosine":
         way = (1 - math.cos(math.pi * way)) / 2
     return (1 - way) * start + way * end

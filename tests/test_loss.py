@@ -1,0 +1,190 @@
+"""The loss as a module, and what importing the package loads."""
+
+import copy
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import gd_plugin
+from gd_plugin import GradientDecayLoss, gradient_decay_cross_entropy
+
+PER_CLASS = [0.01, 0.3, 1.0, 7.0, 200.0]
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    return 3 * torch.randn(6, 5, generator=generator), torch.tensor([0, 1, 2, 3, -1, 1])
+
+
+@pytest.mark.parametrize("beta", [0.1, PER_CLASS, tuple(PER_CLASS), torch.tensor(0.1), torch.tensor(PER_CLASS)])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_it_is_the_function(batch, beta, reduction, label_smoothing):
+    weight = torch.arange(1.0, 6.0)
+    module = GradientDecayLoss(beta, weight, -1, reduction, label_smoothing)
+    expected = gradient_decay_cross_entropy(
+        *batch, torch.as_tensor(beta), weight, ignore_index=-1, reduction=reduction, label_smoothing=label_smoothing
+    )
+    assert torch.equal(module(*batch), expected)
+    module.set_beta(2.0)
+    assert not torch.allclose(module(*batch), expected)
+
+
+def test_the_default_is_cross_entropy(batch):
+    expected = nn.CrossEntropyLoss(ignore_index=-1)(*batch)
+    torch.testing.assert_close(GradientDecayLoss(ignore_index=-1)(*batch), expected)
+    assert not torch.allclose(GradientDecayLoss(1.1, ignore_index=-1)(*batch), expected)
+
+
+def test_set_beta_changes_the_buffer_in_place():
+    module = GradientDecayLoss(0.5)
+    buffer, address = module.beta, module.beta.data_ptr()
+    module.set_beta(3.0)
+    assert module.beta is buffer and buffer.data_ptr() == address
+    assert buffer.item() == 3.0
+
+
+def test_set_beta_per_class():
+    module = GradientDecayLoss(PER_CLASS)
+    module.set_beta(PER_CLASS[::-1])
+    assert module.beta.tolist() == pytest.approx(PER_CLASS[::-1])
+    module.set_beta(2.0)  # one number for every class
+    assert module.beta.tolist() == [2.0] * 5
+
+
+def test_a_later_change_of_the_given_tensor_changes_nothing():
+    beta = torch.tensor(0.5, requires_grad=True)
+    module = GradientDecayLoss(beta)
+    with torch.no_grad():
+        beta.fill_(7.0)
+    assert module.beta.item() == 0.5 and not module.beta.requires_grad
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.float16), lambda m: m.to("cpu")],
+    ids=["half", "bfloat16", "double", "to float16", "to cpu"],
+)
+def test_beta_stays_fp32(convert):
+    module = GradientDecayLoss(PER_CLASS, weight=torch.ones(5))
+    model = convert(nn.Sequential(nn.Linear(2, 2), module))
+    assert model[1] is module
+    assert module.beta.dtype == torch.float32
+    assert torch.equal(module.beta, torch.tensor(PER_CLASS))
+    assert module.weight.dtype == model[0].weight.dtype  # the weight is converted like any other tensor
+    module.set_beta(0.01)
+    assert torch.equal(module.beta, torch.full((5,), 0.01))
+
+
+def test_beta_follows_the_device():
+    assert GradientDecayLoss(0.5).to("meta").beta.device.type == "meta"
+
+
+def test_state_dict_is_that_of_torchs_loss():
+    weight = torch.arange(1.0, 6.0)
+    module, twin = GradientDecayLoss(0.1, weight), nn.CrossEntropyLoss(weight)
+    assert list(module.state_dict()) == list(twin.state_dict()) == ["weight"]
+    assert list(GradientDecayLoss(0.1).state_dict()) == list(nn.CrossEntropyLoss().state_dict()) == []
+    assert [name for name, _ in module.named_buffers()] == ["beta", "weight"]
+    assert not list(module.parameters())
+    module.load_state_dict(twin.state_dict())
+    assert module.beta.item() == pytest.approx(0.1)
+
+
+def test_deepcopy_is_independent(batch):
+    module = GradientDecayLoss(0.1, ignore_index=-1)
+    twin = copy.deepcopy(module)
+    assert torch.equal(twin(*batch), module(*batch))
+    twin.set_beta(5.0)
+    assert module.beta.item() == pytest.approx(0.1)
+    assert not torch.allclose(twin(*batch), module(*batch))
+
+
+def test_a_schedule_compiles_nothing_anew(batch):
+    module = GradientDecayLoss(0.1, ignore_index=-1)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for beta in (0.1, 0.5, 1.0, 9.0):
+        module.set_beta(beta)
+        torch.testing.assert_close(compiled(*batch), module(*batch))
+    assert counter.frame_count == 1
+    module.reduction = "sum"  # control: what is not in a buffer is compiled in
+    compiled(*batch)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize(
+    ("beta", "shown"),
+    [
+        (0.0, "0.0"),
+        (-1, "-1"),
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+        ([1.0, -2.0], "[1.0, -2.0]"),
+        ([[1.0]], "[[1.0]]"),
+    ],
+)
+def test_errors_of_beta(beta, shown):
+    message = f"^beta must be positive and finite, one number or one per class, got {re.escape(shown)}$"
+    with pytest.raises(ValueError, match=message):
+        GradientDecayLoss(beta)
+    module = GradientDecayLoss(0.5)
+    with pytest.raises(ValueError, match=message):
+        module.set_beta(beta)
+    assert module.beta.item() == 0.5
+
+
+@pytest.mark.parametrize(("made", "given"), [(0.5, [1.0, 2.0]), ([1.0, 2.0], [1.0, 2.0, 3.0])])
+def test_set_beta_keeps_the_shape(made, given):
+    module = GradientDecayLoss(made)
+    before = module.beta.clone()
+    message = f"beta has shape ({len(given)},), this loss was made for {tuple(before.shape)}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        module.set_beta(given)
+    assert torch.equal(module.beta, before)
+
+
+def test_repr_shows_beta():
+    assert repr(GradientDecayLoss(0.5, label_smoothing=0.1)) == (
+        "GradientDecayLoss(beta=tensor(0.5000), reduction='mean', label_smoothing=0.1)"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- import
+
+HEAVY = ("accelerate", "datasets", "evaluate", "matplotlib", "timm", "transformers")
+
+
+@pytest.fixture
+def loaded_after(tmp_path):
+    """Which of `HEAVY` a fresh interpreter has loaded after some statement. Empty stand-ins shadow the real ones, so
+    that the answer does not depend on what is installed, nor "not loaded" mean "not there"."""
+    for name in HEAVY:
+        (tmp_path / f"{name}.py").touch()
+
+    def run(statement):
+        root = Path(gd_plugin.__file__).parents[1]
+        code = f"import sys; sys.path[:0] = {[str(tmp_path), str(root)]}; {statement}; print(*sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        modules = set(done.stdout.split())
+        assert {"torch", "gd_plugin.functional"} <= modules
+        return sorted(modules & set(HEAVY))
+
+    return run
+
+
+def test_importing_the_package_loads_no_trainer(loaded_after):
+    assert loaded_after("import gd_plugin") == []
+
+
+def test_an_import_of_a_trainer_would_be_seen(loaded_after):
+    assert loaded_after(f"import gd_plugin, {', '.join(HEAVY)}") == list(HEAVY)
