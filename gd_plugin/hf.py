@@ -1,7 +1,7 @@
 """The gradient-decay loss inside the Hugging Face `Trainer`. Three ways in:
 
 1. Replace ``Trainer`` by `GradientDecayTrainer` and ``TrainingArguments`` by `GradientDecayTrainingArguments`.
-2. Put `GradientDecayMixin` before another Trainer class (TRL's, SetFit's, your own)::
+2. Put `GradientDecayMixin` before another Trainer class (TRL's, your own)::
 
        class MyTrainer(GradientDecayMixin, SFTTrainer): ...
        MyTrainer(..., gd_config=GradientDecayConfig(beta=5.0))
@@ -24,15 +24,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import reduce
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForMaskedLMLoss
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .config import GradientDecayConfig
-from .functional import gradient_decay_cross_entropy
-from .loss import GradientDecayLoss
+from .hf_loss import DATA_PARALLEL, IGNORE_INDEX, GradientDecayLossFunc, check_model, is_language_model
 from .metrics import ClassificationMetrics
 from .schedule import beta_at
 
@@ -43,8 +39,6 @@ __all__ = [
     "GradientDecayTrainer",
     "GradientDecayTrainingArguments",
 ]
-
-IGNORE_INDEX = -100  # the Trainer's: it counts the labels that differ from it
 
 
 @dataclass
@@ -96,87 +90,7 @@ class GradientDecayTrainingArguments(TrainingArguments):
         try:
             return GradientDecayConfig(**values)
         except ValueError as error:
-            raise ValueError(_with_prefix(error)) from None
-
-
-class GradientDecayLossFunc:
-    """The loss in the form of the Trainer's ``compute_loss_func``: called with the model's outputs and the labels.
-
-    Returns ``sum of losses / num_items_in_batch``, so that it is the same whatever the accumulation steps and the
-    number of processes. Without gradients (evaluation) it is plain cross-entropy: no beta, weights or smoothing.
-
-    It learns from its `GradientDecayCallback` what the Trainer knows: whether the model's labels are to be shifted
-    (causal language models), ``label_smoothing_factor`` and the device; and beta at every update.
-
-    Class weights: `GradientDecayMixin` divides by the sum of the labels' weights in the whole update, which is
-    ``F.cross_entropy``'s weighted mean. Used with an ordinary Trainer, which counts labels and not weights, the sum
-    is divided by the number of labels: give weights whose mean over the labels is 1.
-
-    Args:
-        config: checked knobs; `GradientDecayConfig()` is cross-entropy, with none of the model heads' own
-            normalisation errors under gradient accumulation (transformers#47688).
-    """
-
-    def __init__(self, config: GradientDecayConfig) -> None:
-        self.config = config
-        starts, ends = config.beta_start, config.beta
-        per_class = next((b for b in (ends, starts) if isinstance(b, tuple)), None)
-        weight = None if config.class_weights is None else torch.tensor(config.class_weights)
-        self.loss = GradientDecayLoss(per_class or ends, weight, IGNORE_INDEX)
-        self.loss.set_beta(ends)
-        self.shift_labels: bool | None = None  # known once the callback has met the model
-        self._cross_entropy: Tensor | None = None
-
-    def bind(self, model: nn.Module, args: TrainingArguments) -> None:
-        """Take from the model and the Trainer's arguments what the loss depends on; called by the callback."""
-        self.shift_labels = _shifts_labels(model)
-        self.loss.label_smoothing = args.label_smoothing_factor
-        self.loss.to(args.device)
-        # (sum of plain cross-entropy, number of targets) since the last logging step, on the device.
-        self._cross_entropy = torch.zeros(2, dtype=torch.float32, device=args.device)
-
-    def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """
-        Args:
-            outputs: the model's: a mapping with ``logits`` (..., C), or a tuple that begins with them.
-            labels: class indices (...), or class probabilities (..., C).
-            num_items_in_batch: how many labels the whole update has; ``None`` for the mean of this batch.
-        """
-        if self.shift_labels is None:
-            raise RuntimeError(
-                "the gradient-decay loss does not know its model: pass callbacks=[GradientDecayCallback(loss)] to the "
-                "Trainer together with compute_loss_func=loss"
-            )
-        if labels is None:
-            raise ValueError(
-                "the batch has no labels: the gradient-decay loss needs a column 'labels' (or 'label'), or "
-                "GradientDecayTrainer with label_names=['your_column']"
-            )
-        logits, target = _align(_logits(outputs), labels, self.shift_labels)
-        divisor = _divisor(num_items_in_batch, target, logits.shape[-1])
-        reduction = "mean" if divisor is None else "sum"
-        if not torch.is_grad_enabled():
-            loss = gradient_decay_cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction=reduction)
-            return loss if divisor is None else loss / divisor
-
-        loss, cross_entropy = gradient_decay_cross_entropy(
-            logits,
-            target,
-            self.loss.beta,
-            self.loss.weight,
-            self.loss.ignore_index,
-            reduction,
-            self.loss.label_smoothing,
-            return_cross_entropy=True,
-        )
-        self._cross_entropy += torch.stack([cross_entropy.float(), _count(target)])
-        return loss if divisor is None else loss / divisor
-
-    def pop_cross_entropy(self) -> float:
-        """Mean plain cross-entropy of the training targets since the last call, over all processes. Waits."""
-        total, count = reduce(self._cross_entropy, reduction="sum").tolist()
-        self._cross_entropy.zero_()
-        return total / count if count else float("nan")
+            raise ValueError(with_gd_prefix(error)) from None
 
 
 class GradientDecayCallback(TrainerCallback):
@@ -209,7 +123,7 @@ class GradientDecayCallback(TrainerCallback):
         try:
             self._schedule = self.loss.config.resolve(state.max_steps, updates_per_epoch)
         except ValueError as error:
-            raise ValueError(_with_prefix(error)) from None
+            raise ValueError(with_gd_prefix(error)) from None
         self._beta = None
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -260,14 +174,20 @@ class GradientDecayMixin:
                 f"the gradient-decay loss needs exactly one label column, this model has {self.label_names}; name it "
                 "with label_names=['labels'] in the training arguments"
             )
-        self._label_name = self.label_names[0]
-        num_classes = _check_model(self.model)
+        self._gd_label_name = self.label_names[0]
+        fused = (self.args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
+        if self.args.use_liger_kernel and fused and is_language_model(self.model):
+            raise ValueError(
+                "use_liger_kernel puts its own loss into the model, in place of logits; add "
+                'liger_kernel_config={"fused_linear_cross_entropy": False} to keep its other kernels'
+            )
+        num_classes = check_model(self.model)
         if num_classes is not None:
             try:
                 gd_config.check_num_classes(num_classes)
             except ValueError as error:
-                raise ValueError(_with_prefix(error)) from None
-            self.data_collator = _CheckedCollator(self.data_collator, self._label_name, num_classes)
+                raise ValueError(with_gd_prefix(error)) from None
+            self.data_collator = _CheckedCollator(self.data_collator, self._gd_label_name, num_classes)
 
         self.gd_config = gd_config
         self.compute_loss_func = GradientDecayLossFunc(gd_config)
@@ -276,20 +196,22 @@ class GradientDecayMixin:
         self.callback_handler.callbacks.insert(0, callback)
         callback.on_init_end(self.args, self.state, self.control, model=self.model)
 
-        self._metrics: ClassificationMetrics | None = None
-        if self.compute_metrics is None and not self.args.prediction_loss_only and not _is_language_model(self.model):
-            self._metrics = ClassificationMetrics(ignore_index=IGNORE_INDEX)
-            self.compute_metrics = self._compute_metrics
+        self._gd_metrics: ClassificationMetrics | None = None
+        if self.compute_metrics is None and not self.args.prediction_loss_only and not is_language_model(self.model):
+            self._gd_metrics = ClassificationMetrics(ignore_index=IGNORE_INDEX)
+            self.compute_metrics = self._gd_compute_metrics
             self.args.batch_eval_metrics = True
         self.reliability: list[dict] | None = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = self._with_labels(inputs)
+        inputs = self._gd_with_labels(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if not return_outputs:
             return loss
+        if isinstance(outputs, dict):
+            return loss, outputs
         # `prediction_step` drops a tuple's first entry, which it takes for the model's own loss.
-        return loss, outputs if isinstance(outputs, dict) else (loss, *outputs)
+        return loss, (loss, *outputs) if isinstance(outputs, (tuple, list)) else (loss, outputs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         """How many targets the update has on all processes, or the sum of their weights with class weights.
@@ -297,14 +219,16 @@ class GradientDecayMixin:
         The Trainer's own count looks under the key ``labels`` only, and before transformers 5.2 does not leave out
         the first position of a causal language model, which is never predicted.
         """
-        batches = [self._with_labels(batch) for batch in batch_samples]
-        if self.compute_loss_func.shift_labels:
+        batches = [self._gd_with_labels(batch) for batch in batch_samples]
+        if self.compute_loss_func.shift_labels and all("labels" in b for b in batches):
             shifted = [b["shift_labels"] if "shift_labels" in b else b["labels"][..., 1:] for b in batches]
             batches = [{"labels": labels, "shift_labels": labels} for labels in shifted]
         count = super()._get_num_items_in_batch(batches, device)
         weight = self.compute_loss_func.loss.weight
         if weight is None or count is None or batches[0]["labels"].is_floating_point():
             return count
+        if not torch.is_grad_enabled():
+            return count  # evaluation is not weighted
         # Times the mean weight of the update's targets, over the same processes.
         sums = torch.zeros(1, 2, device=device)
         for batch in batches:
@@ -317,26 +241,26 @@ class GradientDecayMixin:
         total, targets = sums.sum(0)
         return count * total / targets
 
-    def _with_labels(self, inputs: dict) -> dict:
+    def _gd_with_labels(self, inputs: dict) -> dict:
         """The batch with its labels under the key that the Trainer takes away before the model's forward."""
-        if self._label_name == "labels" or self._label_name not in inputs:
+        if self._gd_label_name == "labels" or self._gd_label_name not in inputs:
             return inputs
-        renamed = {key: value for key, value in inputs.items() if key != self._label_name}
-        return {**renamed, "labels": inputs[self._label_name]}
+        renamed = {key: value for key, value in inputs.items() if key != self._gd_label_name}
+        return {**renamed, "labels": inputs[self._gd_label_name]}
 
     def evaluation_loop(self, *args, **kwargs):
-        if self._metrics is not None:
-            self._metrics.reset()  # of an evaluation that was interrupted
+        if self._gd_metrics is not None:
+            self._gd_metrics.reset()  # of an evaluation that was interrupted
         return super().evaluation_loop(*args, **kwargs)
 
-    def _compute_metrics(self, prediction, compute_result: bool = True) -> dict[str, float]:
+    def _gd_compute_metrics(self, prediction, compute_result: bool = True) -> dict[str, float]:
         logits = prediction.predictions
         logits = logits[0] if isinstance(logits, (tuple, list)) else logits
-        self._metrics.update(torch.as_tensor(logits), torch.as_tensor(prediction.label_ids))
+        self._gd_metrics.update(torch.as_tensor(logits), torch.as_tensor(prediction.label_ids))
         if not compute_result:
             return {}
-        self.reliability = self._metrics.reliability()
-        return self._metrics.compute()
+        self.reliability = self._gd_metrics.reliability()
+        return self._gd_metrics.compute()
 
 
 class GradientDecayTrainer(GradientDecayMixin, Trainer):
@@ -365,92 +289,12 @@ class _CheckedCollator:
         return batch
 
 
-def _logits(outputs: Any) -> Tensor:
-    if isinstance(outputs, dict):
-        if "logits" not in outputs:
-            raise ValueError(f"the model returned no 'logits', only {', '.join(outputs)}")
-        return outputs["logits"]
-    return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
-
-
-def _align(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
-    """(N, C) logits and (N) or (N, C) targets; the only place where labels are shifted."""
-    num_classes = logits.shape[-1]
-    soft = labels.shape == logits.shape and labels.is_floating_point()
-    if shift:
-        # The labels move, not the logits: a copy of the logits of a large vocabulary is what runs out of memory.
-        labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
-    target = labels.to(logits.device)
-    target = target.reshape(-1, num_classes) if soft else target.reshape(-1)
-    return logits.reshape(-1, num_classes), target
-
-
-def _count(target: Tensor) -> Tensor:
-    """Targets that count, fp32 on their device."""
-    if target.is_floating_point():
-        return torch.full((), float(len(target)), device=target.device)
-    return (target != IGNORE_INDEX).sum().to(torch.float32)
-
-
-def _divisor(num_items: Tensor | int | None, target: Tensor, num_classes: int) -> Tensor | int | None:
-    if num_items is None:
-        return None
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(DATA_PARALLEL.format(n=num_items.numel()))
-        num_items = num_items.to(target.device)
-    # The Trainer counts every entry of the labels, and class probabilities have one per class.
-    return num_items / num_classes if target.is_floating_point() else num_items
-
-
-DATA_PARALLEL = (
-    "{n} GPUs in one process (DataParallel) would make the loss {n} times too large: start one process per GPU with "
-    "`torchrun --nproc-per-node {n} ...` or `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES=0"
-)
-
-
 def _refuse_data_parallel(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise ValueError(DATA_PARALLEL.format(n=args.n_gpu))
 
 
-def _kind_of_loss(model: nn.Module) -> Any:
-    """The function that transformers itself would compute this model's loss with, or None."""
-    model = getattr(model, "get_base_model", lambda: model)()  # PEFT
-    # GPT2LMHeadModel and its like have no loss type of their own; the Trainer knows them by name.
-    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        return ForCausalLMLoss
-    return LOSS_MAPPING.get(getattr(model, "loss_type", None))
-
-
-def _is_language_model(model: nn.Module) -> bool:
-    return _kind_of_loss(model) in (ForCausalLMLoss, ForMaskedLMLoss)
-
-
-def _shifts_labels(model: nn.Module) -> bool:
-    """Whether position i predicts label i + 1; an encoder-decoder's labels are aligned with its logits."""
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return _kind_of_loss(model) is ForCausalLMLoss and not encoder_decoder
-
-
-def _check_model(model: nn.Module) -> int | None:
-    """The number of classes where the model's configuration tells it; ValueError where softmax does not apply."""
-    config = getattr(model, "config", None)
-    if config is None or _is_language_model(model):
-        return None
-    problem = getattr(config, "problem_type", None)
-    if problem in ("regression", "multi_label_classification"):
-        raise ValueError(
-            f"problem_type is {problem!r}: the gradient-decay loss is a softmax over mutually exclusive classes; "
-            "remove problem_type, or use the ordinary Trainer"
-        )
-    num_labels = getattr(config, "num_labels", None)
-    if num_labels == 1:
-        raise ValueError("the model has num_labels=1 (regression); a softmax needs at least 2 classes")
-    return num_labels
-
-
-def _with_prefix(error: ValueError) -> str:
+def with_gd_prefix(error: ValueError) -> str:
     """A `GradientDecayConfig` message, which names its fields, in the names of the training arguments."""
     names = "|".join(f.name for f in dataclasses.fields(GradientDecayConfig))
     return re.sub(rf"\b({names})\b", r"gd_\1", str(error))
