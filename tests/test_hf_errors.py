@@ -126,7 +126,7 @@ def test_question_answering(tmp_path):
     ("config", "model", "text"),
     [
         (SegformerConfig(), SegformerForSemanticSegmentation, "is trained with ForSemanticSegmentationLoss"),
-        (Wav2Vec2Config(num_hidden_layers=1, hidden_size=24), Wav2Vec2ForCTC, "is trained with ForCTCLoss"),
+        (Wav2Vec2Config(num_hidden_layers=1, hidden_size=48), Wav2Vec2ForCTC, "is trained with ForCTCLoss"),
     ],
 )
 def test_models_of_another_kind_of_loss(config, model, text, tmp_path):
