@@ -46,7 +46,11 @@ class GradientDecayConfig:
     class_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        # object.__setattr__: the dataclass is frozen, and lists from JSON, YAML and flags become tuples.
+        # object.__setattr__: the dataclass is frozen. Arrays (scikit-learn's class weights) and tensors become plain
+        # numbers, lists from JSON, YAML and flags become tuples.
+        for name in (f.name for f in dataclasses.fields(self)):
+            if hasattr(getattr(self, name), "tolist"):
+                object.__setattr__(self, name, getattr(self, name).tolist())
         object.__setattr__(self, "beta", _positive("beta", self.beta))
         if self.beta_start is not None:
             object.__setattr__(self, "beta_start", _positive("beta_start", self.beta_start))

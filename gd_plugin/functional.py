@@ -55,7 +55,8 @@ def gradient_decay_cross_entropy(
         ignore_index: class index that counts neither in the loss nor in the gradient (class indices only).
         reduction: ``"none"``, ``"sum"`` or ``"mean"``. As in torch the mean over class indices divides by the sum of
             the weights of the targets, and the mean over probabilities by the number of samples.
-        label_smoothing: in [0, 1]; the target becomes (1 - eps) * target + eps / C.
+        label_smoothing: in [0, 1]; the target becomes (1 - eps) * target + eps / C. As for class probabilities, J of
+            every class is then needed: several times the memory of the logits.
         return_cross_entropy: also return the plain cross-entropy of the same targets, without beta, weight and
             label smoothing, detached, in the same reduction. It costs no further pass over the logits.
 
@@ -178,7 +179,7 @@ class _TargetGap(torch.autograd.Function):
         # The largest exponential is exactly 1, so a total below 1 is that of a row with no other class: 0 / 0 there.
         scale = (grad / total.clamp_min(1.0)).to(exps.dtype)
         grad_logits = exps * scale.unsqueeze(ctx.dim)
-        grad_logits = grad_logits.scatter(ctx.dim, target.unsqueeze(ctx.dim), -grad.unsqueeze(ctx.dim).to(exps.dtype))
+        grad_logits = grad_logits.scatter_(ctx.dim, target.unsqueeze(ctx.dim), -grad.unsqueeze(ctx.dim).to(exps.dtype))
         return grad_logits.to(logits.dtype), None, None
 
 
@@ -268,6 +269,8 @@ def _check(input, target, beta, weight, ignore_index, reduction, label_smoothing
             )
         if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
             raise ValueError(f"target must hold integer class indices, got {target.dtype}")
+    if not isinstance(beta, (int, float, Tensor)):
+        raise ValueError(f"beta must be a number or a tensor, got {type(beta).__name__}")
     if isinstance(beta, Tensor):
         if beta.dim() > 1 or (beta.dim() == 1 and len(beta) != num_classes):
             raise ValueError(f"beta must be a scalar or have one value per class ({num_classes}), got {beta.shape}")

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .config import GradientDecayConfig
 from .hf_loss import DATA_PARALLEL, IGNORE_INDEX, GradientDecayLossFunc, check_model, is_language_model
-from .metrics import ClassificationMetrics
+from .metrics import METRICS, ClassificationMetrics
 from .schedule import beta_at
 
 __all__ = [
@@ -77,6 +78,14 @@ class GradientDecayTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        for name in ("gd_beta", "gd_beta_start"):  # a flag that takes one or several numbers yields a list
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) == 1:
+                setattr(self, name, value[0])
+        best = (self.metric_for_best_model or "").removeprefix("eval_")
+        if best in METRICS and self.greater_is_better is None:
+            # The Trainer would take every metric whose name does not end with "loss" for one to maximise.
+            self.greater_is_better = best == "accuracy"
         super().__post_init__()
         _ = self.gd_config  # checked here, before a model or a data set is loaded
 
@@ -84,9 +93,6 @@ class GradientDecayTrainingArguments(TrainingArguments):
     def gd_config(self) -> GradientDecayConfig:
         """The checked configuration. Raises ``ValueError`` naming the ``gd_*`` argument."""
         values = {f.name: getattr(self, f"gd_{f.name}") for f in dataclasses.fields(GradientDecayConfig)}
-        for name in ("beta", "beta_start"):  # a flag that takes one or several numbers yields a list
-            if isinstance(values[name], list) and len(values[name]) == 1:
-                values[name] = values[name][0]
         try:
             return GradientDecayConfig(**values)
         except ValueError as error:
@@ -105,17 +111,23 @@ class GradientDecayCallback(TrainerCallback):
     the console and ``state.log_history`` always do.
     """
 
-    def __init__(self, loss: GradientDecayLossFunc) -> None:
+    def __init__(self, loss: GradientDecayLossFunc, follow_args: bool = False) -> None:
         self.loss = loss
+        self.follow_args = follow_args  # read args.gd_config anew when training begins: a search has changed it
         self._schedule: GradientDecayConfig | None = None
         self._beta: float | tuple[float, ...] | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        _refuse_data_parallel(args)
+        self._bind(args, model)
+
+    def _bind(self, args, model) -> None:
+        refuse_data_parallel(args)
         self.loss.bind(model, args)
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        self.on_init_end(args, state, control, model=model)  # not called where add_callback came after the Trainer
+        if self.follow_args and args.gd_config != self.loss.config:
+            self.loss.configure(args.gd_config)
+        self._bind(args, model)  # again, or for the first time where add_callback came after the Trainer
         try:
             updates_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
         except TypeError:  # an iterable data set has no length
@@ -135,6 +147,11 @@ class GradientDecayCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is None or "loss" not in logs or self._beta is None:
             return
+        if not self.loss.calls:
+            raise RuntimeError(
+                "the gradient-decay loss was never called: this Trainer's compute_loss computes a loss of its own; let "
+                "it call super().compute_loss, or use the loss there yourself"
+            )
         beta = self._beta if isinstance(self._beta, float) else sum(self._beta) / len(self._beta)
         added = {"gd_beta": beta, "cross_entropy": self.loss.pop_cross_entropy()}
         logs.update(added)
@@ -155,19 +172,23 @@ class GradientDecayMixin:
             than the model's classes, several GPUs in one process (DataParallel), labels outside the classes.
     """
 
-    # Our loss is divided by the labels of the whole update, so the Trainer must not divide it again.
-    loss_is_scaled_for_ga = True
-
     def __init__(self, *args, gd_config: GradientDecayConfig | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         if self.compute_loss_func is not None:
             raise ValueError("compute_loss_func is set, and so is the gradient-decay loss; remove one of them")
-        if gd_config is None:
+        follow_args = gd_config is None
+        if follow_args:
             gd_config = getattr(self.args, "gd_config", None)
         if gd_config is None:
             raise ValueError(
                 "no gradient-decay configuration: use GradientDecayTrainingArguments, or pass "
                 "gd_config=GradientDecayConfig(beta=...)"
+            )
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        if parallel is not None and (parallel.cp_enabled or getattr(parallel, "sp_enabled", False)):
+            raise ValueError(
+                "context and sequence parallelism split the labels before the loss sees them; set cp_size and sp_size "
+                "to 1"
             )
         if len(self.label_names) != 1:
             raise ValueError(
@@ -187,11 +208,10 @@ class GradientDecayMixin:
                 gd_config.check_num_classes(num_classes)
             except ValueError as error:
                 raise ValueError(with_gd_prefix(error)) from None
-            self.data_collator = _CheckedCollator(self.data_collator, self._gd_label_name, num_classes)
+        self._gd_num_classes = num_classes
 
-        self.gd_config = gd_config
         self.compute_loss_func = GradientDecayLossFunc(gd_config)
-        callback = GradientDecayCallback(self.compute_loss_func)
+        callback = GradientDecayCallback(self.compute_loss_func, follow_args)
         # First, so that every reporter sees what it adds to the logs.
         self.callback_handler.callbacks.insert(0, callback)
         callback.on_init_end(self.args, self.state, self.control, model=self.model)
@@ -200,18 +220,54 @@ class GradientDecayMixin:
         if self.compute_metrics is None and not self.args.prediction_loss_only and not is_language_model(self.model):
             self._gd_metrics = ClassificationMetrics(ignore_index=IGNORE_INDEX)
             self.compute_metrics = self._gd_compute_metrics
-            self.args.batch_eval_metrics = True
         self.reliability: list[dict] | None = None
 
+    @property
+    def gd_config(self) -> GradientDecayConfig:
+        return self.compute_loss_func.config
+
+    def get_train_dataloader(self):
+        with self._gd_checked_labels():
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        with self._gd_checked_labels():
+            return super().get_eval_dataloader(eval_dataset)
+
+    @contextmanager
+    def _gd_checked_labels(self):
+        # Not for good: the Trainer saves the tokenizer that it finds in its collator.
+        collator = self.data_collator
+        self.data_collator = _CheckedCollator(collator, self._gd_label_name, self._gd_num_classes)
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
+    def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
+        # By default the Trainer minimises the sum of all metrics, accuracy among them, where there are any.
+        if compute_objective is None and self._gd_metrics is not None:
+            compute_objective = _eval_loss
+        return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = self._gd_with_labels(inputs)
+        inputs = self._gd_with_decoder_inputs(model, self._gd_with_labels(inputs))
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if not return_outputs:
             return loss
+        # `prediction_step` reads the first entry as the logits, and drops a tuple's first, the model's own loss.
         if isinstance(outputs, dict):
-            return loss, outputs
-        # `prediction_step` drops a tuple's first entry, which it takes for the model's own loss.
+            first = next((key for key in outputs if key != "loss"), None)
+            return loss, outputs if first == "logits" else {"logits": outputs["logits"], **outputs}
         return loss, (loss, *outputs) if isinstance(outputs, (tuple, list)) else (loss, outputs)
+
+    def _gd_with_decoder_inputs(self, model, inputs: dict) -> dict:
+        """An encoder-decoder makes its decoder's input from the labels, which the loss takes away from it."""
+        model = self.accelerator.unwrap_model(model)
+        decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and is_language_model(model)
+        if not decodes or "labels" not in inputs or {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
+            return inputs
+        return {**inputs, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])}
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         """How many targets the update has on all processes, or the sum of their weights with class weights.
@@ -249,9 +305,14 @@ class GradientDecayMixin:
         return {**renamed, "labels": inputs[self._gd_label_name]}
 
     def evaluation_loop(self, *args, **kwargs):
-        if self._gd_metrics is not None:
-            self._gd_metrics.reset()  # of an evaluation that was interrupted
-        return super().evaluation_loop(*args, **kwargs)
+        if self._gd_metrics is None:
+            return super().evaluation_loop(*args, **kwargs)
+        self._gd_metrics.reset()  # of an evaluation that was interrupted
+        before, self.args.batch_eval_metrics = self.args.batch_eval_metrics, True  # of this loop, not of the arguments
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.args.batch_eval_metrics = before
 
     def _gd_compute_metrics(self, prediction, compute_result: bool = True) -> dict[str, float]:
         logits = prediction.predictions
@@ -259,6 +320,8 @@ class GradientDecayMixin:
         self._gd_metrics.update(torch.as_tensor(logits), torch.as_tensor(prediction.label_ids))
         if not compute_result:
             return {}
+        if not len(self._gd_metrics):  # every label ignored
+            return dict.fromkeys(METRICS, math.nan)
         self.reliability = self._gd_metrics.reliability()
         return self._gd_metrics.compute()
 
@@ -267,18 +330,30 @@ class GradientDecayTrainer(GradientDecayMixin, Trainer):
     """``transformers.Trainer`` with the gradient-decay loss; the one changed line. See `GradientDecayMixin`."""
 
 
+def _eval_loss(metrics: dict[str, float]) -> float:
+    return metrics["eval_loss"]
+
+
 @dataclass
 class _CheckedCollator:
     """Refuses labels outside the classes while they are still on the CPU, before they become a device assert."""
 
     collator: Any
     label_name: str
-    num_classes: int
+    num_classes: int | None  # where the model tells
 
     def __call__(self, features: list) -> dict:
         batch = self.collator(features)
         labels = batch.get(self.label_name)
-        if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.device.type == "cpu":
+        if not isinstance(labels, Tensor) or labels.device.type != "cpu":
+            return batch
+        if labels.is_floating_point():
+            if labels.dim() > 1 and not torch.allclose(labels.sum(-1), labels.new_ones(()), rtol=0, atol=1e-2):
+                raise ValueError(
+                    "floating-point labels must be probabilities that sum to 1 over the classes; several classes at "
+                    "once (multi-label) are not for a softmax: use the ordinary Trainer"
+                )
+        elif self.num_classes is not None:
             wrong = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= self.num_classes))]
             if wrong.numel():
                 raise ValueError(
@@ -289,7 +364,7 @@ class _CheckedCollator:
         return batch
 
 
-def _refuse_data_parallel(args: TrainingArguments) -> None:
+def refuse_data_parallel(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise ValueError(DATA_PARALLEL.format(n=args.n_gpu))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import extract_model_from_parallel, reduce
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.loss.loss_utils import (
@@ -53,14 +53,18 @@ class GradientDecayLossFunc:
     """
 
     def __init__(self, config: GradientDecayConfig) -> None:
-        self.config = config
-        starts, ends = config.beta_start, config.beta
-        per_class = next((b for b in (ends, starts) if isinstance(b, tuple)), None)
-        weight = None if config.class_weights is None else torch.tensor(config.class_weights)
-        self.loss = GradientDecayLoss(per_class or ends, weight, IGNORE_INDEX)
-        self.loss.set_beta(ends)
         self.shift_labels: bool | None = None  # known once the callback has met the model
+        self.calls = 0  # in training
         self._cross_entropy: Tensor | None = None
+        self.configure(config)
+
+    def configure(self, config: GradientDecayConfig) -> None:
+        """Take other knobs, before training begins."""
+        self.config = config
+        per_class = next((b for b in (config.beta, config.beta_start) if isinstance(b, tuple)), None)
+        weight = None if config.class_weights is None else torch.tensor(config.class_weights)
+        self.loss = GradientDecayLoss(beta=per_class or config.beta, weight=weight, ignore_index=IGNORE_INDEX)
+        self.loss.set_beta(config.beta)
 
     def bind(self, model: nn.Module, args: TrainingArguments) -> None:
         """Take from the model and the Trainer's arguments what the loss depends on; called by the callback."""
@@ -79,8 +83,8 @@ class GradientDecayLossFunc:
         """
         if self.shift_labels is None:
             raise RuntimeError(
-                "the gradient-decay loss does not know its model: pass callbacks=[GradientDecayCallback(loss)] to the "
-                "Trainer together with compute_loss_func=loss"
+                "the gradient-decay loss does not know its model yet: pass callbacks=[GradientDecayCallback(loss)] to "
+                "the Trainer together with compute_loss_func=loss (a callback added later is met when training begins)"
             )
         if labels is None:
             raise ValueError(
@@ -94,6 +98,7 @@ class GradientDecayLossFunc:
             loss = gradient_decay_cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction=reduction)
             return loss if divisor is None else loss / divisor
 
+        self.calls += 1
         loss, cross_entropy = gradient_decay_cross_entropy(
             logits,
             target,
@@ -129,6 +134,8 @@ def _align(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor]
     """(N, C) logits and (N) or (N, C) targets; the only place where labels are shifted."""
     num_classes = logits.shape[-1]
     soft = labels.shape == logits.shape and labels.is_floating_point()
+    if shift and soft:
+        raise ValueError("a causal language model needs token indices as labels, got probabilities of every token")
     if shift:
         # The labels move, not the logits: a copy of the logits of a large vocabulary is what runs out of memory.
         labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
@@ -151,12 +158,15 @@ def _divisor(num_items: Tensor | int | None, target: Tensor, num_classes: int) -
         if num_items.numel() != 1:
             raise ValueError(DATA_PARALLEL.format(n=num_items.numel()))
         num_items = num_items.to(target.device)
+        # Nothing to learn from: all labels ignored, or of weight 0. 0 / 0 would make every parameter NaN.
+        num_items = torch.where(num_items > 0, num_items, 1)
     # The Trainer counts every entry of the labels, and class probabilities have one per class.
     return num_items / num_classes if target.is_floating_point() else num_items
 
 
 def _kind_of_loss(model: nn.Module) -> Any:
     """The function that transformers itself would compute this model's loss with, or None."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)  # FSDP1, DDP
     model = getattr(model, "get_base_model", lambda: model)()  # PEFT
     # GPT2LMHeadModel and its like have no loss type of their own; the Trainer knows them by name.
     if _is_one_of(model, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):

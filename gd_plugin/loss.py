@@ -13,13 +13,14 @@ __all__ = ["GradientDecayLoss"]
 
 
 class GradientDecayLoss(nn.Module):
-    """`gradient_decay_cross_entropy` as a drop-in for ``torch.nn.CrossEntropyLoss``, with beta in a buffer.
+    """`gradient_decay_cross_entropy` in the form of ``torch.nn.CrossEntropyLoss``, with beta in a buffer.
 
     A schedule changes beta with `set_beta`: in place, without waiting for the device and without recompiling anything.
     The loss is negative for confident samples when beta < 1 (it tends to log(beta)); that is not an error.
 
     Args:
-        beta: coefficient > 0, or one per class; 1 is cross-entropy.
+        beta: coefficient > 0, or one per class; 1 is cross-entropy. (All arguments by name: ``CrossEntropyLoss``
+            begins with ``weight``.)
         weight, ignore_index, reduction, label_smoothing: as in ``torch.nn.CrossEntropyLoss``.
 
     Shape:
@@ -30,6 +31,7 @@ class GradientDecayLoss(nn.Module):
 
     def __init__(
         self,
+        *,
         beta: float | Sequence[float] | Tensor = 1.0,
         weight: Tensor | None = None,
         ignore_index: int = -100,

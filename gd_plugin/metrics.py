@@ -63,6 +63,10 @@ class ClassificationMetrics:
         self._residual: Tensor | None = None
         self._diverged = False
 
+    def __len__(self) -> int:
+        """Samples so far, without those that were ignored."""
+        return sum(len(part) for part in self._confidence)
+
     @torch.no_grad()
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Add a batch.
@@ -193,7 +197,7 @@ class ClassificationMetrics:
 
     def _samples(self) -> tuple[Tensor, Tensor]:
         """Confidence and correctness (0 or 1) of every sample, fp64."""
-        if not any(len(part) for part in self._confidence):
+        if not len(self):
             raise ValueError("no sample to measure: call update first, with targets that are not all ignore_index")
         # Joined for good, so that a call per epoch does not copy a growing number of pieces.
         self._confidence, self._correct = [torch.cat(self._confidence)], [torch.cat(self._correct)]

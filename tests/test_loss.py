@@ -29,7 +29,9 @@ def batch():
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_it_is_the_function(batch, beta, reduction, label_smoothing):
     weight = torch.arange(1.0, 6.0)
-    module = GradientDecayLoss(beta, weight, -1, reduction, label_smoothing)
+    module = GradientDecayLoss(
+        beta=beta, weight=weight, ignore_index=-1, reduction=reduction, label_smoothing=label_smoothing
+    )
     expected = gradient_decay_cross_entropy(
         *batch, torch.as_tensor(beta), weight, ignore_index=-1, reduction=reduction, label_smoothing=label_smoothing
     )
@@ -41,11 +43,11 @@ def test_it_is_the_function(batch, beta, reduction, label_smoothing):
 def test_the_default_is_cross_entropy(batch):
     expected = nn.CrossEntropyLoss(ignore_index=-1)(*batch)
     torch.testing.assert_close(GradientDecayLoss(ignore_index=-1)(*batch), expected)
-    assert not torch.allclose(GradientDecayLoss(1.1, ignore_index=-1)(*batch), expected)
+    assert not torch.allclose(GradientDecayLoss(beta=1.1, ignore_index=-1)(*batch), expected)
 
 
 def test_set_beta_changes_the_buffer_in_place():
-    module = GradientDecayLoss(0.5)
+    module = GradientDecayLoss(beta=0.5)
     buffer, address = module.beta, module.beta.data_ptr()
     module.set_beta(3.0)
     assert module.beta is buffer and buffer.data_ptr() == address
@@ -53,7 +55,7 @@ def test_set_beta_changes_the_buffer_in_place():
 
 
 def test_set_beta_per_class():
-    module = GradientDecayLoss(PER_CLASS)
+    module = GradientDecayLoss(beta=PER_CLASS)
     module.set_beta(PER_CLASS[::-1])
     assert module.beta.tolist() == pytest.approx(PER_CLASS[::-1])
     module.set_beta(2.0)  # one number for every class
@@ -62,7 +64,7 @@ def test_set_beta_per_class():
 
 def test_a_later_change_of_the_given_tensor_changes_nothing():
     beta = torch.tensor(0.5, requires_grad=True)
-    module = GradientDecayLoss(beta)
+    module = GradientDecayLoss(beta=beta)
     with torch.no_grad():
         beta.fill_(7.0)
     assert module.beta.item() == 0.5 and not module.beta.requires_grad
@@ -74,7 +76,7 @@ def test_a_later_change_of_the_given_tensor_changes_nothing():
     ids=["half", "bfloat16", "double", "to float16", "to cpu"],
 )
 def test_beta_stays_fp32(convert):
-    module = GradientDecayLoss(PER_CLASS, weight=torch.ones(5))
+    module = GradientDecayLoss(beta=PER_CLASS, weight=torch.ones(5))
     model = convert(nn.Sequential(nn.Linear(2, 2), module))
     assert model[1] is module
     assert module.beta.dtype == torch.float32
@@ -85,14 +87,14 @@ def test_beta_stays_fp32(convert):
 
 
 def test_beta_follows_the_device():
-    assert GradientDecayLoss(0.5).to("meta").beta.device.type == "meta"
+    assert GradientDecayLoss(beta=0.5).to("meta").beta.device.type == "meta"
 
 
 def test_state_dict_is_that_of_torchs_loss():
     weight = torch.arange(1.0, 6.0)
-    module, twin = GradientDecayLoss(0.1, weight), nn.CrossEntropyLoss(weight)
+    module, twin = GradientDecayLoss(beta=0.1, weight=weight), nn.CrossEntropyLoss(weight)
     assert list(module.state_dict()) == list(twin.state_dict()) == ["weight"]
-    assert list(GradientDecayLoss(0.1).state_dict()) == list(nn.CrossEntropyLoss().state_dict()) == []
+    assert list(GradientDecayLoss(beta=0.1).state_dict()) == list(nn.CrossEntropyLoss().state_dict()) == []
     assert [name for name, _ in module.named_buffers()] == ["beta", "weight"]
     assert not list(module.parameters())
     module.load_state_dict(twin.state_dict())
@@ -100,7 +102,7 @@ def test_state_dict_is_that_of_torchs_loss():
 
 
 def test_deepcopy_is_independent(batch):
-    module = GradientDecayLoss(0.1, ignore_index=-1)
+    module = GradientDecayLoss(beta=0.1, ignore_index=-1)
     twin = copy.deepcopy(module)
     assert torch.equal(twin(*batch), module(*batch))
     twin.set_beta(5.0)
@@ -109,7 +111,7 @@ def test_deepcopy_is_independent(batch):
 
 
 def test_a_schedule_compiles_nothing_anew(batch):
-    module = GradientDecayLoss(0.1, ignore_index=-1)
+    module = GradientDecayLoss(beta=0.1, ignore_index=-1)
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(module, backend=counter, fullgraph=True)
@@ -136,8 +138,8 @@ def test_a_schedule_compiles_nothing_anew(batch):
 def test_errors_of_beta(beta, shown):
     message = f"^beta must be positive and finite, one number or one per class, got {re.escape(shown)}$"
     with pytest.raises(ValueError, match=message):
-        GradientDecayLoss(beta)
-    module = GradientDecayLoss(0.5)
+        GradientDecayLoss(beta=beta)
+    module = GradientDecayLoss(beta=0.5)
     with pytest.raises(ValueError, match=message):
         module.set_beta(beta)
     assert module.beta.item() == 0.5
@@ -145,7 +147,7 @@ def test_errors_of_beta(beta, shown):
 
 @pytest.mark.parametrize(("made", "given"), [(0.5, [1.0, 2.0]), ([1.0, 2.0], [1.0, 2.0, 3.0])])
 def test_set_beta_keeps_the_shape(made, given):
-    module = GradientDecayLoss(made)
+    module = GradientDecayLoss(beta=made)
     before = module.beta.clone()
     message = f"beta has shape ({len(given)},), this loss was made for {tuple(before.shape)}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -154,7 +156,7 @@ def test_set_beta_keeps_the_shape(made, given):
 
 
 def test_repr_shows_beta():
-    assert repr(GradientDecayLoss(0.5, label_smoothing=0.1)) == (
+    assert repr(GradientDecayLoss(beta=0.5, label_smoothing=0.1)) == (
         "GradientDecayLoss(beta=tensor(0.5000), reduction='mean', label_smoothing=0.1)"
     )
 
