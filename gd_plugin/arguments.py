@@ -15,7 +15,7 @@ import argparse
 import difflib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ DEFAULTS = {
 }
 # What a run is asked to do, as opposed to what it is.
 NOT_SETTINGS = ("output_dir", "overwrite", "resume", "runs", "hub_token")
+_MAX_FOLDER_NAME = 100  # characters of a run's folder; file systems take 255 bytes
 
 
 @dataclass
@@ -160,27 +161,37 @@ def parse(argv: list[str], recipes: Path) -> tuple[list[Run], argparse.Namespace
     if options.output_dir == parser.get_default("output_dir"):
         options.output_dir = str(Path("runs") / (recipe_name or Path(str(options.dataset)).name))
 
+    defaults = vars(parser.parse_args([]))
     variants = {"run": {}} if options.runs is None else json_mapping("runs", options.runs)
+    _check_variants(variants, argv)
     runs, folders = [], set()
     for name, differences in variants.items():
         folder = Path(options.output_dir)
         if options.runs is not None:
-            if not isinstance(differences, dict):
-                raise ValueError(f"runs: {name} must map flags to values, got {differences!r}")
-            given = [key for key in differences if any(w.split("=")[0].replace("-", "_") == f"__{key}" for w in argv)]
-            if given:
-                raise ValueError(f"--{given[0]} is set by the run {name!r} of the recipe; leave it out, or give --runs")
-            slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "run"
-            folder /= slug
+            folder /= re.sub(r"[^a-z0-9.]+", "-", name.lower())[:_MAX_FOLDER_NAME].strip("-.") or "run"
         if folder in folders:
             raise ValueError(f"runs: two runs would share the folder {folder}; give them other names")
         folders.add(folder)
         of_run = words + _flags(differences, parser, f"runs: {name}") + [f"--output_dir={folder}"]
         data, model, _, args = parser.parse_args_into_dataclasses(of_run, look_for_args_file=False)
         values = vars(parser.parse_args(of_run)).items()
-        settings = {k: v for k, v in values if v != parser.get_default(k) and k not in NOT_SETTINGS}
+        settings = {k: v for k, v in values if v != defaults[k] and k not in NOT_SETTINGS}
         runs.append(Run(name if options.runs is not None else _describe(args), args, settings, data, model))
     return runs, options
+
+
+def _check_variants(variants: dict[str, Any], argv: list[str]) -> None:
+    # All runs share the prepared data, so that they can be compared.
+    shared = {f.name for c in (DataArguments, ModelArguments, RunArguments) for f in fields(c)} | {"output_dir"}
+    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    for name, differences in variants.items():
+        if not isinstance(differences, dict):
+            raise ValueError(f"runs: {name} must map flags to values, got {differences!r}")
+        for key in differences:
+            if key in shared:
+                raise ValueError(f"runs: {name} sets {key}, which all runs share; give it beside runs")
+            if key in given:
+                raise ValueError(f"--{key} is set by the run {name!r} of the recipe; leave it out, or give --runs")
 
 
 def _find_recipe(name: str, recipes: Path) -> Path:
@@ -214,8 +225,13 @@ def _flags(values: dict[str, Any], parser: _Parser, where: str) -> list[str]:
             continue
         if isinstance(value, list):
             words += [f"--{key}", *map(str, value)]
+        elif isinstance(value, dict):
+            try:
+                words.append(f"--{key}={json.dumps(value)}")
+            except TypeError as error:  # YAML has dates, and keys that are no text
+                raise ValueError(f"{where}: {key}: {error}; put it in quotes") from None
         else:
-            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+            words.append(f"--{key}={value}")
     return words
 
 
@@ -232,6 +248,7 @@ def json_mapping(flag: str, text: str) -> dict:
 def _describe(args: GradientDecayTrainingArguments) -> str:
     """A name for a single run: what its loss is."""
     config = args.gd_config
-    if config.beta_start is not None:
-        return f"beta {config.beta_start} to {config.beta}"
-    return "cross-entropy" if config.beta == 1.0 else f"beta {config.beta}"
+    start, beta = (f"{b:g}" if isinstance(b, float) else b for b in (config.beta_start, config.beta))
+    if start is not None:
+        return f"beta {start} to {beta}"
+    return "cross-entropy" if config.beta == 1.0 else f"beta {beta}"

@@ -17,6 +17,8 @@ usage: gd-plugin COMMAND [...]
 
 options: --help, --version
 """
+# Top-level modules that come with the extra `hf`.
+_OF_EXTRA_HF = ("transformers", "accelerate", "datasets", "matplotlib", "PIL", "rich", "sklearn", "torchvision")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,25 +33,28 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] != "train":
         return _fail(f"there is no command {argv[0]!r}; the commands are: train (gd-plugin --help)")
     try:
-        from . import train
+        return _train(argv[1:])
     except ImportError as error:
-        return _fail(f"gd-plugin train needs {error.name}: pip install 'gd_plugin[hf]'")
+        if error.path is not None:  # a name that a package which is there does not have: no missing package
+            raise
+        return _fail(_missing_package(error))
+    except KeyboardInterrupt:
+        print("gd-plugin: killed; go on from the last checkpoint, if there is one, with --resume", file=sys.stderr)
+        return 130
+
+
+def _train(argv: list[str]) -> int:
+    from . import train  # imports packages that come with the extras
+
     try:
-        job = train.prepare(argv[1:], recipes_folder())
-    except ModuleNotFoundError as error:
-        return _fail(f"this needs the package {error.name}: pip install 'gd_plugin[hf,timm]'")
+        job = train.prepare(argv, recipes_folder())
     except ValueError as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        return 130
     # From here on an exception that is not foreseen keeps its traceback.
     try:
         job.run()
     except train.Interrupted as error:
         print(f"gd-plugin: {error}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("gd-plugin: killed; go on from the last checkpoint with --resume", file=sys.stderr)
         return 130
     return 0
 
@@ -58,6 +63,14 @@ def recipes_folder() -> Path:
     """Where the recipes are: inside an installed package, beside the package in a checkout."""
     inside = Path(__file__).parent / "recipes"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def _missing_package(error: ImportError) -> str:
+    text = str(error)
+    # transformers raises an ImportError of its own, with a paragraph and no name, for packages that it can do without.
+    name = (error.name or "").split(".")[0] or next((n for n in ("timm", *_OF_EXTRA_HF) if n in text), "")
+    extra = "timm" if name == "timm" else "hf" if name in _OF_EXTRA_HF else None
+    return f"the package {name} is missing: pip install 'gd_plugin[{extra}]'" if extra else text
 
 
 def _fail(message: str) -> int:

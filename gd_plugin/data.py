@@ -14,7 +14,7 @@ from .arguments import DATASET_HELP, DataArguments
 
 __all__ = ["ClassificationData", "PreparedImages", "PreparedTexts", "load_data"]
 
-_CACHE_BYTES = 2 * 2**30  # what prepared images may take in memory before they are decoded again in every epoch
+_CACHE_BYTES = 2 * 2**30  # what a split's prepared images may take in memory; larger ones are decoded in every epoch
 
 
 @dataclass
@@ -55,8 +55,8 @@ def load_data(args: DataArguments) -> ClassificationData:
         raise ValueError(f"--validation_fraction must be between 0 and 1, got {args.validation_fraction}")
     splits = _digits() if args.dataset == "digits" else _load(args.dataset, args.dataset_config)
     train = _split(splits, args.train_split, "--train_split", args.dataset)
-    kind, column = _input_column(train, args)
     label_column = _label_column(train, args)
+    kind, column = _input_column(train, args, label_column)
 
     # The test split is never used for selection; where there is none, the final metrics say where they come from.
     test_name = args.test_split or ("test" if "test" in splits else None)
@@ -91,14 +91,20 @@ class PreparedImages(torch.utils.data.Dataset):
     def __init__(self, split: Split, processor: Any) -> None:
         self.split, self.processor = split, processor
         self.pixels: torch.Tensor | None = None
-        if self._prepare(0).nbytes * len(split) <= _CACHE_BYTES:
-            self.pixels = torch.stack([self._prepare(i) for i in range(len(split))])
+        first = self._prepare(0)
+        if first.nbytes * len(split) <= _CACHE_BYTES:
+            pixels = first.new_empty(len(split), *first.shape)
+            for i in range(len(split)):
+                pixels[i] = self._prepare(i)
+            self.pixels = pixels
 
     def _prepare(self, index: int) -> torch.Tensor:
         try:
             # RGB also where the data are grey: it is what the pipelines of transformers feed the trained model.
             image = self.split.inputs[index]["input"].convert("RGB")
-        except OSError as error:
+        except IndexError:  # the end of an iteration
+            raise
+        except Exception as error:  # any that a plugin of Pillow raises; and None, where there is no image, ends here
             raise ValueError(f"image {index} of the data set cannot be decoded: {error}") from error
         return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
@@ -115,8 +121,15 @@ class PreparedTexts(torch.utils.data.Dataset):
 
     def __init__(self, split: Split, tokenizer: Any) -> None:
         self.labels = split.labels
+
+        def tokenize(batch: dict, rows: list[int]) -> Any:
+            if None in batch["input"]:
+                raise ValueError(f"row {rows[batch['input'].index(None)]} has no text; mend the data")
+            return tokenizer(batch["input"], truncation=True)
+
         self.tokens = split.inputs.map(
-            lambda batch: tokenizer(batch["input"], truncation=True),
+            tokenize,
+            with_indices=True,
             batched=True,
             remove_columns="input",
             desc="Tokenizing",
@@ -175,7 +188,7 @@ def _first(data: Dataset, limit: int | None, flag: str) -> Dataset:
     return data.select(range(min(limit, len(data))))
 
 
-def _input_column(data: Dataset, args: DataArguments) -> tuple[str, str]:
+def _input_column(data: Dataset, args: DataArguments, label_column: str) -> tuple[str, str]:
     """("image" or "text", column)."""
     if args.image_column and args.text_column:
         raise ValueError("--image_column and --text_column are both given; keep the one to classify")
@@ -187,8 +200,8 @@ def _input_column(data: Dataset, args: DataArguments) -> tuple[str, str]:
                 raise ValueError(f"--{kind}_column {flag}: that column holds {data.features[flag]}, not {kind}s")
             return kind, flag
     images = [name for name, feature in data.features.items() if isinstance(feature, Image)]
-    label = args.label_column or "label"
-    texts = [n for n, f in data.features.items() if isinstance(f, Value) and "string" in f.dtype and n != label]
+    strings = [n for n, f in data.features.items() if isinstance(f, Value) and "string" in f.dtype]
+    texts = [name for name in strings if name != label_column]
     for kind, found in (("image", images), ("text", texts)):
         if len(found) > 1:
             raise ValueError(f"several {kind} columns, {', '.join(found)}; choose one with --{kind}_column")
@@ -221,7 +234,7 @@ def _label_names(train: Dataset, column: str) -> list[str]:
     if isinstance(feature, ClassLabel):
         names = list(feature.names)
     elif isinstance(feature, Value) and not feature.dtype.startswith(("float", "double")):
-        names = [str(value) for value in sorted(train.unique(column))]
+        names = [str(value) for value in sorted(v for v in train.unique(column) if v is not None)]
     else:
         raise ValueError(f"the label column {column!r} holds {feature}, not classes; choose one with --label_column")
     if len(names) < 2:
@@ -232,7 +245,7 @@ def _label_names(train: Dataset, column: str) -> list[str]:
 def _labels(data: Dataset, column: str, names: list[str]) -> torch.Tensor:
     values = data[column][:]
     if isinstance(data.features[column], ClassLabel):
-        labels = torch.tensor(values)
+        labels = torch.tensor([-1 if value is None else value for value in values])
     else:
         index = {name: i for i, name in enumerate(names)}
         labels = torch.tensor([index.get(str(value), -1) for value in values])

@@ -172,18 +172,19 @@ class GradientDecayMixin:
             than the model's classes, several GPUs in one process (DataParallel), labels outside the classes.
     """
 
-    def __init__(self, *args, gd_config: GradientDecayConfig | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        if self.compute_loss_func is not None:
+    def __init__(self, *args, gd_config: GradientDecayConfig | None = None, compute_loss_func=None, **kwargs):
+        if compute_loss_func is not None:
             raise ValueError("compute_loss_func is set, and so is the gradient-decay loss; remove one of them")
         follow_args = gd_config is None
         if follow_args:
-            gd_config = getattr(self.args, "gd_config", None)
+            gd_config = getattr(kwargs.get("args", args[1] if len(args) > 1 else None), "gd_config", None)
         if gd_config is None:
             raise ValueError(
                 "no gradient-decay configuration: use GradientDecayTrainingArguments, or pass "
                 "gd_config=GradientDecayConfig(beta=...)"
             )
+        # Given at once, since a Trainer may prepare itself for it: TRL's then keeps the logits.
+        super().__init__(*args, compute_loss_func=GradientDecayLossFunc(gd_config), **kwargs)
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if parallel is not None and (parallel.cp_enabled or getattr(parallel, "sp_enabled", False)):
             raise ValueError(
@@ -210,7 +211,6 @@ class GradientDecayMixin:
                 raise ValueError(with_gd_prefix(error)) from None
         self._gd_num_classes = num_classes
 
-        self.compute_loss_func = GradientDecayLossFunc(gd_config)
         callback = GradientDecayCallback(self.compute_loss_func, follow_args)
         # First, so that every reporter sees what it adds to the logs.
         self.callback_handler.callbacks.insert(0, callback)

@@ -22,6 +22,8 @@ def build_model(args: ModelArguments, data: ClassificationData) -> tuple[Any, An
     """(model, image processor or tokenizer) for the data's classes."""
     if not args.model:
         raise ValueError("no model: give --model, a local folder, a Hub name, or timm:ARCHITECTURE")
+    if args.image_size is not None and args.image_size < 1:
+        raise ValueError(f"--image_size must be at least 1, got {args.image_size}")
     labels = dict(enumerate(data.label_names))
     classes = {"num_labels": len(labels), "id2label": labels, "label2id": {name: i for i, name in labels.items()}}
     if args.model.startswith("timm:"):
@@ -36,10 +38,25 @@ def build_model(args: ModelArguments, data: ClassificationData) -> tuple[Any, An
     try:
         processor = processor_class.from_pretrained(args.model)
         model = model_class.from_pretrained(args.model, ignore_mismatched_sizes=True, **classes)
-    except (OSError, ValueError, KeyError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # dozens of types, from the network to the file format
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"--model {args.model} is not a model for {data.kind} classification: {reason}") from error
+    if data.kind == "text":
+        _make_batches_possible(model, processor)
     return model, processor
+
+
+def _make_batches_possible(model: Any, tokenizer: Any) -> None:
+    """Language models have no padding, and many tokenizers do not say how much their model can read."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and tokenizer.model_max_length > positions:
+        tokenizer.model_max_length = positions
 
 
 def _untrained_timm_model(args: ModelArguments, classes: dict[str, Any]) -> tuple[Any, Any]:
@@ -52,7 +69,7 @@ def _untrained_timm_model(args: ModelArguments, classes: dict[str, Any]) -> tupl
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them"
         raise ValueError(f"--model {args.model}: timm has no such architecture; {hint}")
     cfg = timm.get_pretrained_cfg(architecture)
-    size = [3, args.image_size, args.image_size] if args.image_size else list(cfg.input_size)
+    size = [3, args.image_size, args.image_size] if args.image_size is not None else list(cfg.input_size)
     pretrained_cfg = {
         "input_size": size,
         "mean": list(cfg.mean),
@@ -68,6 +85,6 @@ def _untrained_timm_model(args: ModelArguments, classes: dict[str, Any]) -> tupl
     )
     try:
         model = TimmWrapperForImageClassification(config)
-    except TypeError as error:
-        raise ValueError(f"--model_args {args.model_args}: {error}") from error
+    except Exception as error:  # timm passes the arguments on, through whatever its layers make of them
+        raise ValueError(f"--model {args.model} with --model_args {args.model_args}: {error}") from error
     return model, TimmWrapperImageProcessor(pretrained_cfg=pretrained_cfg, architecture=architecture)

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 
+from . import __version__
+
 __all__ = ["RECORD_FORMAT", "environment", "epochs_from_log", "read_record", "write_atomic", "write_json"]
 
 RECORD_FORMAT = 1
 
-_PACKAGES = ("gd_plugin", "torch", "transformers", "timm", "accelerate", "datasets", "numpy")
+_PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "numpy")
 _REQUIRED = ("name", "config", "seed", "epochs", "final")
 # Speed, not quality: it differs between two runs of the same seed.
 _SPEED = ("_runtime", "_per_second", "_model_preparation_time")
@@ -146,7 +148,7 @@ def _finite(obj):
 
 
 def _versions() -> dict[str, str]:
-    versions = {}
+    versions = {"gd_plugin": __version__}  # also where it is not installed but run from a checkout
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

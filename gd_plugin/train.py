@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import math
+import os
 import shlex
-import shutil
 import signal
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import datasets
 import torch
 import transformers
 import yaml
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from transformers import PrinterCallback, TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import DataCollatorWithPadding, PrinterCallback, TrainerCallback, default_data_collator, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 
 from .arguments import Run, parse
 from .data import ClassificationData, PreparedImages, PreparedTexts, load_data
-from .hf import GradientDecayTrainer, GradientDecayTrainingArguments
+from .display import Bars, print_table, progress
+from .folder import SETTINGS_FILE, check_folder, last_whole_checkpoint, remove_run
+from .hf import GradientDecayTrainer, GradientDecayTrainingArguments, refuse_data_parallel, with_gd_prefix
+from .metrics import METRICS
 from .models import build_model
 from .plots import plot_curves, plot_reliability
 from .record import RECORD_FORMAT, environment, epochs_from_log, read_record, write_atomic, write_json
 
 __all__ = ["Interrupted", "Job", "prepare"]
-
-SETTINGS_FILE = "args.yaml"  # in the output folder: what the run was asked for, itself a recipe
 
 
 class Interrupted(Exception):
@@ -51,16 +50,20 @@ def prepare(argv: list[str], recipes: Path) -> Job:
     """
     runs, options = parse(argv, recipes)
     for run in runs:
-        _check_folder(run, options)
+        check_folder(run, options)
+        _check_arguments(run.args)
+        if run.args.hub_token:  # out of the arguments, which the Trainer pickles beside every checkpoint
+            os.environ["HF_TOKEN"], run.args.hub_token = run.args.hub_token, None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # one bar of our own over all runs
+    datasets.disable_progress_bars()
     console = Console(quiet=runs[0].args.process_index != 0)
 
-    data = load_data(runs[0].data)
-    model, processor = build_model(runs[0].model, data)
+    with console.status("Loading the data and the model"):
+        data = load_data(runs[0].data)
+        model, processor = build_model(runs[0].model, data)
     for run in runs:
-        _check_schedule(run.args, len(data.train))
-        run.args.gd_config.check_num_classes(len(data.label_names))
+        _check_config(run.args, len(data.train), len(data.label_names))
     console.print(
         f"{data.name}: {len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test samples, "
         f"{len(data.label_names)} classes\n{runs[0].model.model}: {_parameters(model):,} parameters",
@@ -70,8 +73,9 @@ def prepare(argv: list[str], recipes: Path) -> Job:
     with console.status("Preparing the data"):
         prepared = PreparedImages if data.kind == "image" else PreparedTexts
         splits = [prepared(split, processor) for split in (data.train, data.validation, data.test)]
-    command = f"gd-plugin train {shlex.join(_without_tokens(argv))}"
-    return Job(runs, data, splits, Path(options.output_dir), command, console)
+    _check_model(model, processor, splits[0], runs[0].model.model)
+    command = f"gd-plugin train {shlex.join(_publishable_words(argv))}"
+    return Job(runs, data, splits, Path(options.output_dir), options.overwrite, command, console)
 
 
 @dataclass
@@ -82,6 +86,7 @@ class Job:
     data: ClassificationData
     splits: list[torch.utils.data.Dataset]
     output_dir: Path
+    overwrite: bool
     command: str
     console: Console
 
@@ -91,12 +96,11 @@ class Job:
         Raises:
             Interrupted: Ctrl-C.
         """
-        with _progress(self.console, len(self.runs)) as bars, _stop_on_interrupt() as stop:
+        with progress(self.console, len(self.runs)) as bars, _stop_on_interrupt() as stop:
             records = [self._run_one(run, bars, stop) for run in self.runs]
         if self.runs[0].args.process_index == 0:
-            plot_curves(records, self.output_dir / "curves.png")
-            plot_reliability(records, self.output_dir / "reliability.png")
-            _print_table(self.console, records)
+            self._draw(records, self.output_dir)
+            print_table(self.console, records)
             self.console.print(
                 f"Models, records and pictures (curves.png, reliability.png): {self.output_dir}/",
                 soft_wrap=True,
@@ -104,10 +108,12 @@ class Job:
             )
         return records
 
-    def _run_one(self, run: Run, bars: _Bars, stop: _Stop) -> dict:
+    def _run_one(self, run: Run, bars: Bars, stop: _Stop) -> dict:
         """Train and evaluate one run, or read its record where it is already complete; returns the record."""
         args, record_path = run.args, run.folder / "record.json"
-        if record_path.exists():  # only with --resume: `_check_folder` has seen to it
+        if self.overwrite and args.process_index == 0:
+            remove_run(run.folder)
+        if record_path.exists() and not self.overwrite:  # only with --resume: `check_folder` has seen to it
             bars.skip(run.name)
             return read_record(record_path)
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +132,7 @@ class Job:
             callbacks=[stop, bars.callback(run.name)],
         )
         trainer.remove_callback(PrinterCallback)  # its lines would tear the progress bar
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir))
+        trainer.train(resume_from_checkpoint=None if self.overwrite else last_whole_checkpoint(run.folder))
         if stop.requested and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(
                 f"stopped after update {trainer.state.global_step} of {trainer.state.max_steps}, a checkpoint is in "
@@ -144,78 +150,96 @@ class Job:
             "name": run.name,
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "command": self.command,
-            "config": run.settings,
+            "config": {key: _publishable(value) for key, value in run.settings.items()},
             "gd": args.gd_config.to_dict(),
             "seed": args.seed,
             **environment(),
             "wall_time_s": round(time.time() - started, 1),
             "dataset": self.data.describe(),
-            "model": {"name": run.model.model, "parameters": _parameters(model)},
+            "model": {"name": _publishable(run.model.model), "parameters": _parameters(model)},
             "epochs": epochs_from_log(log),
             "log": [entry for entry in log if "loss" in entry],
             "final": final,
             "reliability": trainer.reliability,
         }
         if trainer.is_world_process_zero():
-            plot_curves([record], run.folder / "curves.png")
-            plot_reliability([record], run.folder / "reliability.png")
+            self._draw([record], run.folder)
             write_json(record_path, record)  # last: a record says that the run is complete
         return record
 
-
-def _check_folder(run: Run, options: argparse.Namespace) -> None:
-    """Refuse to mix two runs in one folder; with --overwrite remove the old one, and nothing that is not a run's."""
-    folder = run.folder
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file; give a folder")
-    checkpoints = list(folder.glob("checkpoint-*"))
-    settings_path = folder / SETTINGS_FILE
-    if not (checkpoints or settings_path.exists() or (folder / "record.json").exists()):
-        return
-    if options.overwrite:
-        if run.args.process_index == 0:
-            for checkpoint in checkpoints:
-                shutil.rmtree(checkpoint)
-            for name in ("record.json", SETTINGS_FILE, "curves.png", "reliability.png"):
-                (folder / name).unlink(missing_ok=True)
-        return
-    if not options.resume:
-        raise ValueError(
-            f"{folder} already holds a run; go on with it with --resume, replace it with --overwrite, or choose "
-            "another --output_dir"
-        )
-    before = yaml.safe_load(settings_path.read_text(encoding="utf-8")) if settings_path.exists() else None
-    for key in sorted({*(before or {}), *run.settings}) if before is not None else ():
-        if before.get(key) != run.settings.get(key):
-            raise ValueError(
-                f"{folder} holds a run with {key} {before.get(key)}, not {run.settings.get(key)}; resume it with the "
-                "same settings, use --overwrite, or choose another --output_dir"
-            )
+    def _draw(self, records: list[dict], folder: Path) -> None:
+        for plot, name in ((plot_curves, "curves.png"), (plot_reliability, "reliability.png")):
+            try:
+                plot(records, folder / name)
+            except ValueError as error:  # nothing was logged, or nothing was finite: no reason to lose the record
+                self.console.print(str(error), soft_wrap=True, markup=False)
 
 
-def _check_schedule(args: GradientDecayTrainingArguments, samples: int) -> None:
-    """A warm-up that is longer than training, before the first of several runs starts."""
-    batches = math.ceil(samples / (args.per_device_train_batch_size * args.world_size))
+def _check_arguments(args: GradientDecayTrainingArguments) -> None:
+    """What `TrainingArguments` accepts and the Trainer stumbles over."""
+    refuse_data_parallel(args)
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.learning_rate < math.inf:
+        raise ValueError(f"--learning_rate must not be negative, got {args.learning_rate}")
+    if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
+        raise ValueError(f"--num_train_epochs must be greater than 0, got {args.num_train_epochs}")
+    best = args.metric_for_best_model
+    if best is not None and best.removeprefix("eval_") not in ("loss", *METRICS):
+        raise ValueError(f"--metric_for_best_model {best}: the metrics are loss, {', '.join(METRICS)}")
+    try:
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ValueError(f"--report_to {' '.join(args.report_to)}: {error}") from error
+
+
+def _check_model(model: torch.nn.Module, processor: Any, split: torch.utils.data.Dataset, name: str) -> None:
+    """A batch of one sample: what does not fit together (sizes, channels, model_args) shows here, not in training."""
+    collate = default_data_collator if isinstance(split, PreparedImages) else DataCollatorWithPadding(processor)
+    try:
+        with torch.no_grad():
+            model.eval()(**collate([split[0]]))
+    except Exception as error:  # any that a layer may raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(f"--model {name} does not take these data, or lacks other arguments: {reason}") from error
+
+
+def _check_config(args: GradientDecayTrainingArguments, samples: int, num_classes: int) -> None:
+    """A warm-up longer than training, or a list for other classes, before the first of several runs starts."""
+    batches = samples / (args.per_device_train_batch_size * args.world_size)
+    batches = max(1, math.floor(batches) if args.dataloader_drop_last else math.ceil(batches))
     per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
     try:
         args.gd_config.resolve(total, per_epoch)
+        args.gd_config.check_num_classes(num_classes)
     except ValueError as error:
-        raise ValueError(f"gd_{error}") from None
+        raise ValueError(with_gd_prefix(error)) from None
 
 
-def _without_tokens(argv: list[str]) -> list[str]:
-    """A record travels: the value of any flag for a token stays at home."""
+def _publishable_words(argv: list[str]) -> list[str]:
+    """A record travels: the value of any flag for a token stays at home, and so do the folders of this machine."""
     words, hide = [], False
     for word in argv:
-        flag, equals, _ = word.partition("=")
+        flag, equals, value = word.partition("=")
+        is_token = flag.startswith("--") and flag.endswith("token")
         if hide:
-            word = "***"
-        elif flag.startswith("--") and flag.endswith("token") and equals:
-            word = f"{flag}=***"
-        hide = word.startswith("--") and word.endswith("token")
-        words.append(word)
+            words.append("***")
+        elif word.startswith("--") and equals:
+            words.append(f"{flag}={'***' if is_token else _publishable(value)}")
+        else:
+            words.append(_publishable(word))
+        hide = is_token and not equals
     return words
+
+
+def _publishable(value: Any) -> Any:
+    """An absolute path by its last part, and anything else as it is."""
+    if isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute()):
+        return Path(value).name or value
+    return value
 
 
 def _parameters(model: torch.nn.Module) -> int:
@@ -231,6 +255,12 @@ class _Stop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.requested:
             control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        # The Trainer also calls this where it stops within an epoch. An evaluation there would be slow, one point more
+        # in the curves, and would draw random numbers: the second save would not go on to the same weights.
+        if self.requested and state.epoch % 1 and state.global_step < state.max_steps:
+            control.should_evaluate = control.should_save = False
 
 
 @contextmanager
@@ -248,61 +278,3 @@ def _stop_on_interrupt():
         yield stop
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-class _Bars(TrainerCallback):
-    """One progress bar over all runs, in updates."""
-
-    def __init__(self, progress: Progress, runs: int) -> None:
-        self.progress, self.runs, self.done, self.name = progress, runs, 0, ""
-        self.task = progress.add_task("", total=None)
-
-    def callback(self, name: str) -> _Bars:
-        self.name = name
-        return self
-
-    def skip(self, name: str) -> None:
-        self.progress.print(f"{name}: already complete", markup=False)
-        self.runs -= 1
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.progress.update(
-            self.task,
-            total=self.runs * state.max_steps,
-            completed=self.done + state.global_step,
-            description=f"{self.name}, epoch {state.epoch:.1f} of {args.num_train_epochs:g}",
-        )
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.done += state.max_steps
-
-
-@contextmanager
-def _progress(console: Console, runs: int):
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield _Bars(progress, runs)
-
-
-def _print_table(console: Console, records: list[dict]) -> None:
-    table = Table(title=escape(f"{records[0]['dataset']['name']}, split: {records[0]['dataset']['tested_on']}"))
-    table.add_column("run", overflow="fold")
-    columns = (
-        ("accuracy %", "accuracy", 100, "{:.2f}"),
-        ("NLL", "nll", 1, "{:.4f}"),
-        ("Brier", "brier", 1, "{:.4f}"),
-        ("ECE %", "ece", 100, "{:.2f}"),
-        ("gap %", "confidence_gap", 100, "{:+.2f}"),
-    )
-    for title, *_ in columns:
-        table.add_column(title, justify="right")
-    table.add_column("seconds", justify="right")
-    for record in records:
-        values = [record["final"][key] for _, key, _, _ in columns]
-        cells = [
-            "diverged" if value is None or math.isnan(value) else text.format(value * scale)
-            for value, (_, _, scale, text) in zip(values, columns, strict=True)
-        ]
-        table.add_row(escape(record["name"]), *cells, f"{record['wall_time_s']:.0f}")
-    console.print(table)
-    console.print("gap: confidence minus accuracy, positive is overconfident. One seed: differences may be chance.")

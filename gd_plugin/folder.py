@@ -1,0 +1,84 @@
+"""The output folder of a run: what is in it, and what may be done to it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import yaml
+
+from .arguments import Run
+from .record import read_record
+
+__all__ = ["SETTINGS_FILE", "check_folder", "last_whole_checkpoint", "remove_run"]
+
+SETTINGS_FILE = "args.yaml"  # what the run was asked for, itself a recipe
+
+
+def check_folder(run: Run, options: argparse.Namespace) -> None:
+    """Refuse a folder that cannot be written to, and to mix two runs in one folder."""
+    folder = run.folder
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--output_dir {folder}: {existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"--output_dir {folder}: {existing} may not be written to; give another folder")
+    for path in folder.glob("checkpoint-*"):
+        if path.is_dir() and path not in _checkpoints(folder):
+            raise ValueError(f"{path} is no checkpoint of the Trainer, which would remove it all the same; rename it")
+    settings_path, record_path = folder / SETTINGS_FILE, folder / "record.json"
+    if options.overwrite or not (_checkpoints(folder) or settings_path.exists() or record_path.exists()):
+        return
+    if not options.resume:
+        raise ValueError(
+            f"{folder} already holds a run; go on with it with --resume, replace it with --overwrite, or choose "
+            "another --output_dir"
+        )
+    if record_path.exists():
+        read_record(record_path)
+    try:
+        before = yaml.safe_load(settings_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        before = None
+    if not isinstance(before, dict):
+        raise ValueError(f"{settings_path} is missing or damaged, so the run cannot be resumed; use --overwrite")
+    for key in sorted({*before, *run.settings}, key=str):
+        if before.get(key) != run.settings.get(key):
+            raise ValueError(
+                f"{folder} holds a run with {key} {before.get(key)}, not {run.settings.get(key)}; resume it with the "
+                "same settings, use --overwrite, or choose another --output_dir"
+            )
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The Trainer's checkpoints, oldest first; not a `checkpoint-best` or `checkpoint-3.zip` of the user's."""
+    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The Trainer writes its state last: a checkpoint without it is one that a crash or a kill cut short."""
+    whole = [str(path) for path in _checkpoints(folder) if _is_json(path / "trainer_state.json")]
+    return whole[-1] if whole else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def remove_run(folder: Path) -> None:
+    """What makes a folder hold a run. The model files are left until the new ones replace them, since they may be what
+    this run starts from; nothing that a run did not write is touched."""
+    (folder / "record.json").unlink(missing_ok=True)
+    for checkpoint in _checkpoints(folder):
+        shutil.rmtree(checkpoint)
+    for name in (SETTINGS_FILE, "curves.png", "reliability.png"):
+        (folder / name).unlink(missing_ok=True)
