@@ -113,7 +113,7 @@ def leaves(obj):
 
 def test_absent_packages_have_no_version(monkeypatch):
     monkeypatch.setattr(record, "_PACKAGES", ("torch", "no-such-package"))
-    assert list(environment()["versions"]) == ["torch"]
+    assert list(environment()["versions"]) == ["gd_plugin", "torch"]
 
 
 @pytest.fixture
