@@ -234,6 +234,10 @@ class GradientDecayMixin:
         with self._gd_checked_labels():
             return super().get_eval_dataloader(eval_dataset)
 
+    def get_test_dataloader(self, test_dataset):
+        with self._gd_checked_labels():
+            return super().get_test_dataloader(test_dataset)
+
     @contextmanager
     def _gd_checked_labels(self):
         # Not for good: the Trainer saves the tokenizer that it finds in its collator.

@@ -47,9 +47,8 @@ def test_python_snippet(snippet, names):
 def test_the_changed_line(names):
     (diff,) = (text for language, text in BLOCKS if language == "diff")
     before, after = ("\n".join(line[1:] for line in diff.splitlines() if line.startswith(sign)) for sign in ("-", "+"))
-    imports = "from transformers import *\nfrom gd_plugin.hf import *\n"
     for text in (before, after):
-        exec(imports + text, names)
+        exec(text, names)
         names["trainer"].train()
     assert names["trainer"].gd_config.beta_start == 0.01
 
