@@ -380,19 +380,21 @@ def test_random_calls_are_the_definition(call):
     expected = reference(twin, target, beta, **kwargs)
     (expected_grad,) = torch.autograd.grad(expected.sum(), twin)
     assert loss.shape == expected.shape
-    # The floors: the terms of a loss or of a soft target's gradient, of order 1 in every row, may cancel.
+    # The floors: the terms of a loss, of order log(beta), or of a soft target's gradient, of order 1, may cancel.
     rows = logits.numel() // logits.shape[min(1, logits.dim() - 1)]
     terms = rows**-0.5 if kwargs["reduction"] == "mean" and rows else rows**0.5
     hard = target.dim() < logits.dim() and not kwargs["label_smoothing"]
     for got, wanted, floor in (
-        (loss.detach(), expected.detach(), terms),
+        (loss.detach(), expected.detach(), terms * (1 + torch.as_tensor(beta).log().abs().max().item())),
         (grad, expected_grad, 1e-4 if hard else terms),
     ):
         assert torch.equal(got.isnan(), wanted.isnan())  # a mean over nothing, as in torch
-        relative = {torch.float64: 1e-11, torch.float32: BOUND}.get(got.dtype, torch.finfo(got.dtype).eps)
+        relative = {torch.float64: 1e-10, torch.float32: BOUND}.get(got.dtype, torch.finfo(got.dtype).eps)
         error = torch.linalg.vector_norm((got.double() - wanted).nan_to_num())
         size = torch.linalg.vector_norm(wanted.nan_to_num())
-        assert error <= relative * (size + floor)
+        finfo = torch.finfo(got.dtype)
+        quantum = finfo.smallest_normal * finfo.eps * got.numel() ** 0.5  # small gradients are subnormal in fp16
+        assert error <= relative * (size + floor) + quantum, (kwargs, beta, logits.dtype, target.dtype)
 
 
 @pytest.mark.parametrize("soft", [False, True])
