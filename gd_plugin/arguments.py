@@ -173,7 +173,10 @@ def parse(argv: list[str], recipes: Path) -> tuple[list[Run], argparse.Namespace
             raise ValueError(f"runs: two runs would share the folder {folder}; give them other names")
         folders.add(folder)
         of_run = words + _flags(differences, parser, f"runs: {name}") + [f"--output_dir={folder}"]
-        data, model, _, args = parser.parse_args_into_dataclasses(of_run, look_for_args_file=False)
+        try:
+            data, model, _, args = parser.parse_args_into_dataclasses(of_run, look_for_args_file=False)
+        except ValueError as error:
+            raise ValueError(f"runs: {name}: {error}" if differences else str(error)) from None
         values = vars(parser.parse_args(of_run)).items()
         settings = {k: v for k, v in values if v != defaults[k] and k not in NOT_SETTINGS}
         runs.append(Run(name if options.runs is not None else _describe(args), args, settings, data, model))
@@ -223,6 +226,8 @@ def _flags(values: dict[str, Any], parser: _Parser, where: str) -> list[str]:
             raise ValueError(f"{where}: {key} is not a flag of gd-plugin train{parser.nearest(str(key))}")
         if value is None:
             continue
+        if key in ("runs", "model_args") and not isinstance(value, (dict, str)):
+            raise ValueError(f"{where}: {key} must map names to values, such as `runs: {{ce: {{gd_beta: 1}}}}`")
         if isinstance(value, list):
             words += [f"--{key}", *map(str, value)]
         elif isinstance(value, dict):

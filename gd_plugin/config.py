@@ -201,6 +201,5 @@ def _weights(values: Any) -> tuple[float, ...]:
 
 def _same_length(name: str, values: tuple[float, ...], expected: int) -> None:
     if len(values) != expected:
-        raise ValueError(
-            f"{name} has {len(values)} values for {expected} classes; give one number, or one number per class"
-        )
+        one = "" if name == "class_weights" else "one number, or "
+        raise ValueError(f"{name} has {len(values)} values for {expected} classes; give {one}one number per class")

@@ -162,13 +162,16 @@ def _digits() -> DatasetDict:
 def _load(name: str, config: str | None) -> DatasetDict:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     path = Path(name).expanduser()
+    if path.is_file():
+        raise ValueError(f"--dataset {name} is a file; give the folder that holds it")
     if looks_local and not path.is_dir():
         raise ValueError(f"--dataset {name}: there is no such folder; give {DATASET_HELP}")
     try:
-        loaded = load_dataset(str(path) if path.is_dir() else name, config)
+        loaded = load_dataset(str(path.resolve()) if path.is_dir() else name, config)  # a folder `csv` is no builder
     except Exception as error:  # dozens of types, from the network to the file format
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--dataset {name} could not be loaded: {type(error).__name__}: {reason[:300]}") from error
+        cause = error.__cause__ or error  # "an error occurred while generating the dataset" helps nobody
+        reason = " ".join(str(cause).split())
+        raise ValueError(f"--dataset {name} could not be loaded: {type(cause).__name__}: {reason[:300]}") from error
     return loaded
 
 

@@ -29,6 +29,10 @@ class Bars(TrainerCallback):
         self.progress.print(f"{name}: already complete", markup=False)
         self.runs -= 1
 
+    def finished(self, record: dict) -> None:
+        """A line per run, also where the output is a file and no bar is drawn."""
+        self.progress.print(f"{record['name']}: finished after {record['wall_time_s']:.0f} s", markup=False)
+
     def on_step_end(self, args, state, control, **kwargs):
         self.progress.update(
             self.task,

@@ -53,8 +53,8 @@ class GradientDecayTrainingArguments(TrainingArguments):
     gd_beta: list[float] = field(
         default_factory=lambda: [1.0],
         metadata={
-            "help": "Gradient-decay coefficient > 0: 1 is cross-entropy, larger calibrates, smaller widens the margin. "
-            "One number, or one per class."
+            "help": "Gradient-decay coefficient > 0: 1 is cross-entropy, smaller widens the margin, larger lowers "
+            "confidence. One number, or one per class."
         },
     )
     gd_beta_start: list[float] | None = field(

@@ -42,10 +42,20 @@ def build_model(args: ModelArguments, data: ClassificationData) -> tuple[Any, An
         raise
     except Exception as error:  # dozens of types, from the network to the file format
         reason = " ".join(str(error).split())[:300]
+        if data.kind == "image" and _is_timm_architecture(args.model):
+            reason = f"did you mean timm:{args.model}, untrained, or a timm/ model of the Hub?"
         raise ValueError(f"--model {args.model} is not a model for {data.kind} classification: {reason}") from error
     if data.kind == "text":
         _make_batches_possible(model, processor)
     return model, processor
+
+
+def _is_timm_architecture(name: str) -> bool:
+    try:
+        import timm
+    except ModuleNotFoundError:
+        return False
+    return timm.is_model(name)
 
 
 def _make_batches_possible(model: Any, tokenizer: Any) -> None:

@@ -65,8 +65,9 @@ def prepare(argv: list[str], recipes: Path) -> Job:
     for run in runs:
         _check_config(run.args, len(data.train), len(data.label_names))
     console.print(
-        f"{data.name}: {len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test samples, "
-        f"{len(data.label_names)} classes\n{runs[0].model.model}: {_parameters(model):,} parameters",
+        f"{data.name}: {len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test samples "
+        f"(tested on: {data.tested_on}), {len(data.label_names)} classes\n"
+        f"{runs[0].model.model}: {_parameters(model):,} parameters",
         soft_wrap=True,
         markup=False,
     )
@@ -97,7 +98,10 @@ class Job:
             Interrupted: Ctrl-C.
         """
         with progress(self.console, len(self.runs)) as bars, _stop_on_interrupt() as stop:
-            records = [self._run_one(run, bars, stop) for run in self.runs]
+            records = []
+            for run in self.runs:
+                records.append(self._run_one(run, bars, stop))
+                bars.finished(records[-1])
         if self.runs[0].args.process_index == 0:
             self._draw(records, self.output_dir)
             print_table(self.console, records)

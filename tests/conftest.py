@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import pytest
 
-# Before the first import of transformers or datasets, which read them once.
+# Before the first import of torch, transformers or datasets, which read them once. One thread: the tensors are tiny, and
+# child processes with another number of threads would add them up in another order.
 _cache = tempfile.TemporaryDirectory(prefix="gd_plugin_tests_")
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": _cache.name, "COLUMNS": "160"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": _cache.name, "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
 
 # An untrained network of 100,000 weights on 32 pixels: an update takes 0.05 s.
 SMALL = (

@@ -102,7 +102,8 @@ def test_a_list_in_a_list_is_refused(field):
 def test_number_of_classes(field):
     config = GradientDecayConfig(**{**WARMUP, field: [1.0, 2.0, 3.0]})
     config.check_num_classes(3)
-    message = f"{field} has 3 values for 10 classes; give one number, or one number per class"
+    one = "" if field == "class_weights" else "one number, or "
+    message = f"{field} has 3 values for 10 classes; give {one}one number per class"
     with pytest.raises(ValueError, match=exactly(message)):
         config.check_num_classes(10)
 

@@ -52,6 +52,13 @@ def texts(n, labels=("neg", "pos"), start=0):
     return "text,label\n" + "".join(f"film {start + i},{labels[i % len(labels)]}\n" for i in range(n))
 
 
+def test_a_folder_that_is_named_like_a_builder_of_datasets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    csv(tmp_path / "csv", train=texts(8), test=texts(4))
+    picture().save(tmp_path / "picture.png")  # the builder `csv` would read whatever lies here
+    assert len(load("csv").test) == 4
+
+
 # Columns --------------------------------------------------------------------------------------------------------------
 
 

@@ -74,7 +74,7 @@ def recipe(train, small, tmp_path_factory):
 
 def test_the_table_names_every_run(recipe):
     folder, out = recipe
-    assert "digits: 128 training, 64 validation, 64 test samples, 10 classes" in out
+    assert "digits: 128 training, 64 validation, 64 test samples (tested on: test), 10 classes" in out
     for name, (subfolder, _) in RUNS.items():
         (row,) = (line for line in out.split("\n") if line.startswith(f"│ {name} "))
         metrics = final(folder / subfolder)
