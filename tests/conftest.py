@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-# Before the first import of torch, transformers or datasets, which read them once. One thread: the tensors are tiny, and
-# child processes with another number of threads would add them up in another order.
+# Before the first import of torch, transformers or datasets, which read them once. One thread: the tensors are tiny,
+# and child processes with another number of threads would add them up in another order.
 _cache = tempfile.TemporaryDirectory(prefix="gd_plugin_tests_")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": _cache.name, "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
 
