@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -194,9 +195,10 @@ def check_model(model: nn.Module) -> int | None:
     """The number of classes where the model's configuration tells it; ValueError where softmax does not apply."""
     kind = _kind_of_loss(model)
     supported = (None, ForCausalLMLoss, ForMaskedLMLoss, ForSequenceClassificationLoss, ForTokenClassification)
-    if kind not in supported:
+    # Before transformers 5.2 some of the others had no entry in LOSS_MAPPING: by their names.
+    if kind not in supported or re.search(r"For(CTC|\w*Segmentation|\w*Detection)$", type(model).__name__):
         raise ValueError(
-            f"{type(model).__name__} is trained with {kind.__name__}: the gradient-decay loss is for classifiers and "
+            f"{type(model).__name__} has a loss of another kind: the gradient-decay loss is for classifiers and "
             "language models; use the ordinary Trainer"
         )
     config = getattr(model, "config", None)

@@ -38,12 +38,12 @@ def build_model(args: ModelArguments, data: ClassificationData) -> tuple[Any, An
     try:
         processor = processor_class.from_pretrained(args.model)
         model = model_class.from_pretrained(args.model, ignore_mismatched_sizes=True, **classes)
-    except ImportError:
-        raise
     except Exception as error:  # dozens of types, from the network to the file format
         reason = " ".join(str(error).split())[:300]
         if data.kind == "image" and _is_timm_architecture(args.model):
             reason = f"did you mean timm:{args.model}, untrained, or a timm/ model of the Hub?"
+        if isinstance(error, ImportError) and "timm" in reason:
+            raise
         raise ValueError(f"--model {args.model} is not a model for {data.kind} classification: {reason}") from error
     if data.kind == "text":
         _make_batches_possible(model, processor)

@@ -48,3 +48,6 @@ def main(path):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    # Ended in order: a process that is gone while gloo's threads of the other still run makes that one abort.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -170,7 +170,10 @@ def test_the_model_loads_plainly_and_has_the_metrics_of_the_record(recipe, subfo
 
 def test_the_models_of_the_runs_differ(recipe):
     weights = [
-        load_file(recipe[0] / folder / "model.safetensors")["timm_model.classifier.weight"] for folder in FOLDERS
+        next(
+            v for k, v in load_file(recipe[0] / folder / "model.safetensors").items() if k.endswith("classifier.weight")
+        )
+        for folder in FOLDERS
     ]
     for i, a in enumerate(weights):
         assert not any(torch.equal(a, b) for b in weights[:i])
@@ -476,11 +479,8 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(start, train, small, uni
     assert not (folder / "record.json").exists()
     if kill == signal.SIGINT:
         assert process.exitcode == 130
-        stopped = int(
-            re.fullmatch(r"gd-plugin: stopped after update (\d+) of 64, .* --resume\n", (tmp_path / "err").read_text())[
-                1
-            ]
-        )
+        said = (tmp_path / "err").read_text()  # older versions of transformers warn here too
+        stopped = int(re.search(r"^gd-plugin: stopped after update (\d+) of 64, .* --resume$", said, re.MULTILINE)[1])
         assert 32 < stopped < 60  # in the second epoch, and in the warm-up
         assert (folder / f"checkpoint-{stopped}" / "optimizer.pt").exists()
     else:
