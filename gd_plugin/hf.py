@@ -210,6 +210,9 @@ class GradientDecayMixin:
             except ValueError as error:
                 raise ValueError(with_gd_prefix(error)) from None
         self._gd_num_classes = num_classes
+        # Decided once: unwrapping the model in every step would cost.
+        encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        self._gd_decodes = encoder_decoder and is_language_model(self.model)
 
         callback = GradientDecayCallback(self.compute_loss_func, follow_args)
         # First, so that every reporter sees what it adds to the logs.
@@ -267,10 +270,10 @@ class GradientDecayMixin:
 
     def _gd_with_decoder_inputs(self, model, inputs: dict) -> dict:
         """An encoder-decoder makes its decoder's input from the labels, which the loss takes away from it."""
-        model = self.accelerator.unwrap_model(model)
-        decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and is_language_model(model)
-        if not decodes or "labels" not in inputs or {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
+        fed = not self._gd_decodes or "labels" not in inputs
+        if fed or {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
             return inputs
+        model = self.accelerator.unwrap_model(model)
         return {**inputs, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])}
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
