@@ -14,8 +14,21 @@ usage: gd-plugin COMMAND [...]
   train [RECIPE] [--flag value ...]   fine-tune a classifier and show what came of it
                                       gd-plugin train digits          built-in data, no network, about a minute
                                       gd-plugin train --help          every flag
+  timm TRAIN_PY [--flag value ...]    timm's own train.py with one loss more: --loss gd --gd-beta 5
+                                      gd-plugin timm TRAIN_PY --help  timm's flags and ours
+                                      torchrun --nproc-per-node 2 -m gd_plugin.timm TRAIN_PY ...
+  report RUN [RUN ...]                draw and compare the runs of either command
 
 options: --help, --version
+"""
+TIMM_USAGE = """usage: gd-plugin timm PATH/TO/train.py [timm's arguments] --loss gd --gd-beta 5 [--gd-beta-start ...]
+
+Runs the train.py of a timm checkout, which is not edited. Its arguments and ours:
+  gd-plugin timm PATH/TO/train.py --help
+Several processes:
+  torchrun --nproc-per-node 2 -m gd_plugin.timm PATH/TO/train.py ...
+Without a launcher:
+  GD_BETA=5 python PATH/TO/train.py ... --device-modules gd_plugin.timm_hook
 """
 # Top-level modules that come with the extra `hf`.
 _OF_EXTRA_HF = ("transformers", "accelerate", "datasets", "matplotlib", "PIL", "rich", "sklearn", "torchvision")
@@ -30,10 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(__version__)
         return 0
-    if argv[0] != "train":
-        return _fail(f"there is no command {argv[0]!r}; the commands are: train (gd-plugin --help)")
+    command = COMMANDS.get(argv[0])
+    if command is None:
+        return _fail(f"there is no command {argv[0]!r}; the commands are: {', '.join(COMMANDS)} (gd-plugin --help)")
     try:
-        return _train(argv[1:])
+        return command(argv[1:])
     except ImportError as error:
         if error.path is not None:  # a name that a package which is there does not have: no missing package
             raise
@@ -57,6 +71,37 @@ def _train(argv: list[str]) -> int:
         print(f"gd-plugin: {error}", file=sys.stderr)
         return 130
     return 0
+
+
+def _timm(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(TIMM_USAGE)
+        return 0 if argv else 2
+    path, folder = list(sys.path), Path(argv[0]).resolve().parent
+    if folder != Path(__file__).resolve().parent:  # whose timm.py is ours; `launch` refuses its files
+        # As Python does for a script, and before timm is imported: beside the train.py of a checkout lies its own timm.
+        sys.path.insert(0, str(folder))
+    try:
+        from . import timm_launch
+
+        try:
+            return timm_launch.launch(argv)
+        except timm_launch.UsageError as error:
+            return _fail(str(error))
+    finally:
+        sys.path[:] = path
+
+
+def _report(argv: list[str]) -> int:
+    from . import report
+
+    try:
+        return report.main(argv)
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+
+
+COMMANDS = {"train": _train, "timm": _timm, "report": _report}
 
 
 def recipes_folder() -> Path:

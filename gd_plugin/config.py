@@ -6,15 +6,22 @@ import dataclasses
 import difflib
 import json
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-__all__ = ["SCHEDULES", "GradientDecayConfig"]
+__all__ = ["SCHEDULES", "GradientDecayConfig", "rename_fields"]
 
 SCHEDULES = ("constant", "linear", "geometric", "cosine")
+
+
+def _help(text: str) -> dict[str, str]:
+    """Field metadata: what the flags of the integrations say of the knob."""
+    return {"help": text}
 
 
 @dataclass(frozen=True)
@@ -37,13 +44,29 @@ class GradientDecayConfig:
         ValueError: one line that begins with the field's name and says what value would do.
     """
 
-    beta: float | tuple[float, ...] = 1.0
-    beta_start: float | tuple[float, ...] | None = None
-    schedule: str = "linear"
-    warmup_ratio: float = 0.0
-    warmup_steps: int = 0
-    warmup_epochs: float = 0.0
-    class_weights: tuple[float, ...] | None = None
+    beta: float | tuple[float, ...] = field(
+        default=1.0,
+        metadata=_help(
+            "Gradient-decay coefficient > 0: 1 is cross-entropy, smaller widens the margin, larger lowers confidence. "
+            "One number, or one per class."
+        ),
+    )
+    beta_start: float | tuple[float, ...] | None = field(
+        default=None,
+        metadata=_help("Coefficient of the first update; needs a length of the warm-up. One number, or one per class."),
+    )
+    schedule: str = field(
+        default="linear",
+        metadata=_help(f"Shape of the warm-up from the first to the final beta: {', '.join(SCHEDULES)}."),
+    )
+    warmup_ratio: float = field(
+        default=0.0, metadata=_help("Length of beta's warm-up as a fraction of training, 0 to 1.")
+    )
+    warmup_steps: int = field(default=0, metadata=_help("Length of beta's warm-up in optimizer updates."))
+    warmup_epochs: float = field(default=0.0, metadata=_help("Length of beta's warm-up in epochs, fractions allowed."))
+    class_weights: tuple[float, ...] | None = field(
+        default=None, metadata=_help("One weight per class, as `weight` of torch.nn.CrossEntropyLoss.")
+    )
 
     def __post_init__(self) -> None:
         # object.__setattr__: the dataclass is frozen. Arrays (scikit-learn's class weights) and tensors become plain
@@ -158,6 +181,13 @@ class GradientDecayConfig:
             return cls.from_dict(yaml.safe_load(text) if _is_yaml(path) else json.loads(text))
         except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def rename_fields(error: ValueError, form: Callable[[str], str]) -> str:
+    """The message of a `GradientDecayConfig`, which names its fields, with ``form(field)`` in their place: the flag or
+    variable under which a user knows them."""
+    names = "|".join(f.name for f in dataclasses.fields(GradientDecayConfig))
+    return re.sub(rf"\b({names})\b", lambda match: form(match[0]), str(error))
 
 
 def _is_yaml(path: Path) -> bool:

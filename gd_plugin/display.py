@@ -1,17 +1,14 @@
-"""What `gd-plugin train` shows on the terminal: one progress bar over all runs, and a table."""
+"""What `gd-plugin train` shows on the terminal while it works: one progress bar over all runs."""
 
 from __future__ import annotations
 
-import math
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from transformers import TrainerCallback
 
-__all__ = ["Bars", "print_table", "progress"]
+__all__ = ["Bars", "progress"]
 
 
 class Bars(TrainerCallback):
@@ -50,27 +47,3 @@ def progress(console: Console, runs: int):
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         yield Bars(progress, runs)
-
-
-def print_table(console: Console, records: list[dict]) -> None:
-    table = Table(title=escape(f"{records[0]['dataset']['name']}, split: {records[0]['dataset']['tested_on']}"))
-    table.add_column("run", overflow="fold")
-    columns = (
-        ("accuracy %", "accuracy", 100, "{:.2f}"),
-        ("NLL", "nll", 1, "{:.4f}"),
-        ("Brier", "brier", 1, "{:.4f}"),
-        ("ECE %", "ece", 100, "{:.2f}"),
-        ("gap %", "confidence_gap", 100, "{:+.2f}"),
-    )
-    for title, *_ in columns:
-        table.add_column(title, justify="right")
-    table.add_column("seconds", justify="right")
-    for record in records:
-        values = [record["final"][key] for _, key, _, _ in columns]
-        cells = [
-            "diverged" if value is None or math.isnan(value) else text.format(value * scale)
-            for value, (_, _, scale, text) in zip(values, columns, strict=True)
-        ]
-        table.add_row(escape(record["name"]), *cells, f"{record['wall_time_s']:.0f}")
-    console.print(table)
-    console.print("gap: confidence minus accuracy, positive is overconfident. One seed: differences may be chance.")

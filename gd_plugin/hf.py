@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .config import GradientDecayConfig
+from .config import GradientDecayConfig, rename_fields
 from .hf_loss import DATA_PARALLEL, IGNORE_INDEX, GradientDecayLossFunc, check_model, is_language_model
 from .metrics import METRICS, ClassificationMetrics
 from .schedule import beta_at
@@ -42,6 +41,9 @@ __all__ = [
 ]
 
 
+_HELP = {f.name: f.metadata for f in dataclasses.fields(GradientDecayConfig)}
+
+
 @dataclass
 class GradientDecayTrainingArguments(TrainingArguments):
     """``TrainingArguments`` and the knobs of `GradientDecayConfig`, each with the prefix ``gd_``.
@@ -50,32 +52,13 @@ class GradientDecayTrainingArguments(TrainingArguments):
     In Python one number will do where a flag takes a list: ``gd_beta=5.0``.
     """
 
-    gd_beta: list[float] = field(
-        default_factory=lambda: [1.0],
-        metadata={
-            "help": "Gradient-decay coefficient > 0: 1 is cross-entropy, smaller widens the margin, larger lowers "
-            "confidence. One number, or one per class."
-        },
-    )
-    gd_beta_start: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Coefficient of the first update; needs one of the gd_warmup_* lengths. "
-            "One number, or one per class."
-        },
-    )
-    gd_schedule: str = field(
-        default="linear",
-        metadata={"help": "Shape of the warm-up from gd_beta_start to gd_beta: linear, geometric, cosine or constant."},
-    )
-    gd_warmup_ratio: float = field(
-        default=0.0, metadata={"help": "Length of beta's warm-up as a fraction of training, 0 to 1."}
-    )
-    gd_warmup_steps: int = field(default=0, metadata={"help": "Length of beta's warm-up in optimizer updates."})
-    gd_warmup_epochs: float = field(default=0.0, metadata={"help": "Length of beta's warm-up in epochs."})
-    gd_class_weights: list[float] | None = field(
-        default=None, metadata={"help": "One weight per class, as `weight` of torch.nn.CrossEntropyLoss."}
-    )
+    gd_beta: list[float] = field(default_factory=lambda: [1.0], metadata=_HELP["beta"])
+    gd_beta_start: list[float] | None = field(default=None, metadata=_HELP["beta_start"])
+    gd_schedule: str = field(default="linear", metadata=_HELP["schedule"])
+    gd_warmup_ratio: float = field(default=0.0, metadata=_HELP["warmup_ratio"])
+    gd_warmup_steps: int = field(default=0, metadata=_HELP["warmup_steps"])
+    gd_warmup_epochs: float = field(default=0.0, metadata=_HELP["warmup_epochs"])
+    gd_class_weights: list[float] | None = field(default=None, metadata=_HELP["class_weights"])
 
     def __post_init__(self):
         for name in ("gd_beta", "gd_beta_start"):  # a flag that takes one or several numbers yields a list
@@ -377,6 +360,5 @@ def refuse_data_parallel(args: TrainingArguments) -> None:
 
 
 def with_gd_prefix(error: ValueError) -> str:
-    """A `GradientDecayConfig` message, which names its fields, in the names of the training arguments."""
-    names = "|".join(f.name for f in dataclasses.fields(GradientDecayConfig))
-    return re.sub(rf"\b({names})\b", r"gd_\1", str(error))
+    """A `GradientDecayConfig` message in the names of the training arguments."""
+    return rename_fields(error, "gd_{}".format)

@@ -102,6 +102,28 @@ class ClassificationMetrics:
                 z, y = z[kept.to(z.device)], y[kept]
             self._update_chunk(z.to("cpu", torch.float64), y.to("cpu", torch.float64 if soft else None))
 
+    def merge(self, other: ClassificationMetrics) -> None:
+        """Add the samples of ``other``, another process's part of the same data.
+
+        Raises:
+            ValueError: another number of bins or classes.
+        """
+        if other._residual is None:  # it has seen nothing
+            return
+        if self._residual is None:
+            self._residual = torch.zeros_like(other._residual)
+        if self._residual.shape != other._residual.shape:
+            raise ValueError(
+                f"cannot merge metrics of shape (classes, bins) {tuple(other._residual.shape)} into "
+                f"{tuple(self._residual.shape)}; measure the same model with the same num_bins"
+            )
+        self._confidence += other._confidence
+        self._correct += other._correct
+        self._nll += other._nll
+        self._brier += other._brier
+        self._residual = self._residual + other._residual
+        self._diverged |= other._diverged
+
     def compute(self) -> dict[str, float]:
         """The metrics of all samples so far.
 

@@ -10,12 +10,22 @@ import platform
 import subprocess
 import uuid
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import __version__
 
-__all__ = ["RECORD_FORMAT", "environment", "epochs_from_log", "read_record", "write_atomic", "write_json"]
+__all__ = [
+    "RECORD_FORMAT",
+    "environment",
+    "epochs_from_log",
+    "publishable",
+    "publishable_words",
+    "read_record",
+    "write_atomic",
+    "write_json",
+]
 
 RECORD_FORMAT = 1
 
@@ -111,6 +121,29 @@ def epochs_from_log(log_history: list[dict]) -> list[dict]:
             )
             training = []
     return epochs
+
+
+def publishable_words(argv: list[str]) -> list[str]:
+    """A record travels: the value of any flag for a token stays at home, and so do the folders of this machine."""
+    words, hide = [], False
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        is_token = flag.startswith("--") and flag.endswith("token")
+        if hide:
+            words.append("***")
+        elif word.startswith("--") and equals:
+            words.append(f"{flag}={'***' if is_token else publishable(value)}")
+        else:
+            words.append(publishable(word))
+        hide = is_token and not equals
+    return words
+
+
+def publishable(value: Any) -> Any:
+    """An absolute path by its last part, and anything else as it is."""
+    if isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute()):
+        return Path(value).name or value
+    return value
 
 
 def read_record(path: str | os.PathLike) -> dict:

@@ -23,13 +23,22 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from .arguments import Run, parse
 from .data import ClassificationData, PreparedImages, PreparedTexts, load_data
-from .display import Bars, print_table, progress
+from .display import Bars, progress
 from .folder import SETTINGS_FILE, check_folder, last_whole_checkpoint, remove_run
 from .hf import GradientDecayTrainer, GradientDecayTrainingArguments, refuse_data_parallel, with_gd_prefix
 from .metrics import METRICS
 from .models import build_model
-from .plots import plot_curves, plot_reliability
-from .record import RECORD_FORMAT, environment, epochs_from_log, read_record, write_atomic, write_json
+from .record import (
+    RECORD_FORMAT,
+    environment,
+    epochs_from_log,
+    publishable,
+    publishable_words,
+    read_record,
+    write_atomic,
+    write_json,
+)
+from .report import draw, print_table
 
 __all__ = ["Interrupted", "Job", "prepare"]
 
@@ -75,7 +84,7 @@ def prepare(argv: list[str], recipes: Path) -> Job:
         prepared = PreparedImages if data.kind == "image" else PreparedTexts
         splits = [prepared(split, processor) for split in (data.train, data.validation, data.test)]
     _check_model(model, processor, splits[0], runs[0].model.model)
-    command = f"gd-plugin train {shlex.join(_publishable_words(argv))}"
+    command = f"gd-plugin train {shlex.join(publishable_words(argv))}"
     return Job(runs, data, splits, Path(options.output_dir), options.overwrite, command, console)
 
 
@@ -103,7 +112,7 @@ class Job:
                 records.append(self._run_one(run, bars, stop))
                 bars.finished(records[-1])
         if self.runs[0].args.process_index == 0:
-            self._draw(records, self.output_dir)
+            draw(records, self.output_dir, self.console)
             print_table(self.console, records)
             self.console.print(
                 f"Models, records and pictures (curves.png, reliability.png): {self.output_dir}/",
@@ -154,29 +163,22 @@ class Job:
             "name": run.name,
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "command": self.command,
-            "config": {key: _publishable(value) for key, value in run.settings.items()},
+            "config": {key: publishable(value) for key, value in run.settings.items()},
             "gd": args.gd_config.to_dict(),
             "seed": args.seed,
             **environment(),
             "wall_time_s": round(time.time() - started, 1),
             "dataset": self.data.describe(),
-            "model": {"name": _publishable(run.model.model), "parameters": _parameters(model)},
+            "model": {"name": publishable(run.model.model), "parameters": _parameters(model)},
             "epochs": epochs_from_log(log),
             "log": [entry for entry in log if "loss" in entry],
             "final": final,
             "reliability": trainer.reliability,
         }
         if trainer.is_world_process_zero():
-            self._draw([record], run.folder)
+            draw([record], run.folder, self.console)
             write_json(record_path, record)  # last: a record says that the run is complete
         return record
-
-    def _draw(self, records: list[dict], folder: Path) -> None:
-        for plot, name in ((plot_curves, "curves.png"), (plot_reliability, "reliability.png")):
-            try:
-                plot(records, folder / name)
-            except ValueError as error:  # nothing was logged, or nothing was finite: no reason to lose the record
-                self.console.print(str(error), soft_wrap=True, markup=False)
 
 
 def _check_arguments(args: GradientDecayTrainingArguments) -> None:
@@ -221,29 +223,6 @@ def _check_config(args: GradientDecayTrainingArguments, samples: int, num_classe
         args.gd_config.check_num_classes(num_classes)
     except ValueError as error:
         raise ValueError(with_gd_prefix(error)) from None
-
-
-def _publishable_words(argv: list[str]) -> list[str]:
-    """A record travels: the value of any flag for a token stays at home, and so do the folders of this machine."""
-    words, hide = [], False
-    for word in argv:
-        flag, equals, value = word.partition("=")
-        is_token = flag.startswith("--") and flag.endswith("token")
-        if hide:
-            words.append("***")
-        elif word.startswith("--") and equals:
-            words.append(f"{flag}={'***' if is_token else _publishable(value)}")
-        else:
-            words.append(_publishable(word))
-        hide = is_token and not equals
-    return words
-
-
-def _publishable(value: Any) -> Any:
-    """An absolute path by its last part, and anything else as it is."""
-    if isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute()):
-        return Path(value).name or value
-    return value
 
 
 def _parameters(model: torch.nn.Module) -> int:

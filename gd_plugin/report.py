@@ -1,0 +1,112 @@
+"""``gd-plugin report``: pictures and a table of finished or running runs, from their records alone."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .plots import plot_curves, plot_reliability
+from .record import read_record
+
+__all__ = ["draw", "main", "print_table"]
+
+
+def main(argv: list[str]) -> int:
+    """Run ``gd-plugin report`` with the words after the command, and return its exit code.
+
+    Raises:
+        ValueError: a folder without a record, or one that cannot be read; one line.
+        OSError: the output folder cannot be written to.
+    """
+    parser = argparse.ArgumentParser(
+        prog="gd-plugin report",
+        description="Draws training curves and a reliability diagram of every run into its folder, and where there are "
+        "several, of all of them side by side into --output_dir; prints their last metrics.",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        type=Path,
+        help="folder of a run of gd-plugin train or gd-plugin timm, or a folder of such folders",
+    )
+    parser.add_argument(
+        "--output_dir",
+        "--output-dir",
+        type=Path,
+        help="where the pictures of several runs go; default: what they share",
+    )
+    parser.add_argument("--format", choices=("png", "svg"), default="png", help="of the pictures; default: %(default)s")
+    options = parser.parse_args(argv)
+
+    folders = [folder for run in options.runs for folder in _folders(run)]
+    records = [read_record(folder / "record.json") for folder in folders]
+    console = Console()
+    for folder, record in zip(folders, records, strict=True):
+        draw([record], folder, console, options.format)
+    if len(records) > 1:
+        output_dir = options.output_dir or Path(os.path.commonpath([folder.resolve() for folder in folders]))
+        output_dir.mkdir(parents=True, exist_ok=True)
+        draw(records, output_dir, console, options.format)
+    else:
+        output_dir = folders[0]
+    print_table(console, records)
+    console.print(f"Pictures (curves, reliability): {output_dir}/", soft_wrap=True, markup=False)
+    return 0
+
+
+def _folders(run: Path) -> list[Path]:
+    """The folder itself where it holds a record, or those in it that do."""
+    if (run / "record.json").is_file():
+        return [run]
+    folders = sorted(path.parent for path in run.glob("*/record.json"))
+    if not folders:
+        raise ValueError(
+            f"{run} holds no record.json, nor does a folder in it; give the output folder of gd-plugin train or "
+            "gd-plugin timm (a run of train.py alone has no record; --loss gd --gd-beta 1 is its cross-entropy)"
+        )
+    return folders
+
+
+def draw(records: list[dict], folder: Path, console: Console, suffix: str = "png") -> None:
+    """Training curves and reliability diagrams of some records, into ``folder``."""
+    for plot, name in ((plot_curves, "curves"), (plot_reliability, "reliability")):
+        try:
+            plot(records, folder / f"{name}.{suffix}")
+        except ValueError as error:  # nothing was logged, or nothing was finite: no reason to lose the rest
+            console.print(str(error), soft_wrap=True, markup=False)
+
+
+def print_table(console: Console, records: list[dict]) -> None:
+    """The last metrics of some records, a line each."""
+    titles = dict.fromkeys(f"{r['dataset']['name']}, split: {r['dataset']['tested_on']}" for r in records)
+    table = Table(title=escape("; ".join(titles)))
+    table.add_column("run", overflow="fold")
+    columns = (
+        ("accuracy %", "accuracy", 100, "{:.2f}"),
+        ("NLL", "nll", 1, "{:.4f}"),
+        ("Brier", "brier", 1, "{:.4f}"),
+        ("ECE %", "ece", 100, "{:.2f}"),
+        ("gap %", "confidence_gap", 100, "{:+.2f}"),
+    )
+    for title, *_ in columns:
+        table.add_column(title, justify="right")
+    table.add_column("seconds", justify="right")
+    for record in records:
+        cells = [_cell(record["final"], key, scale, text) for _, key, scale, text in columns]
+        table.add_row(escape(record["name"]), *cells, f"{record['wall_time_s']:.0f}")
+    console.print(table)
+    console.print("gap: confidence minus accuracy, positive is overconfident. One seed: differences may be chance.")
+
+
+def _cell(final: dict, key: str, scale: float, text: str) -> str:
+    if key not in final:  # trained without validation
+        return "-"
+    value = final[key]
+    return "diverged" if value is None or math.isnan(value) else text.format(value * scale)

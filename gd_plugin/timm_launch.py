@@ -1,0 +1,209 @@
+"""``gd-plugin timm PATH/TO/train.py ...``: timm's own script, unedited, with one loss more.
+
+The script is loaded, not run; its argument parser, a global, gets our options, so that ``--help``, a YAML ``--config``
+and the run's ``args.yaml`` know them as timm's own; then its ``main`` is called. What was changed in timm is put back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import shlex
+import sys
+import types
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+from packaging.version import Version
+
+from .config import GradientDecayConfig, rename_fields
+from .record import publishable_words
+from .timm import LOSS_TYPE, has_loss_factory, register, unregister
+from .timm_train import FIELDS, TimmRun, UsageError, refuse, value_of
+
+__all__ = ["launch"]
+
+_OLDEST = "1.0.20"
+# What a script must have: its functions, and of train_one_epoch the parameters that a `TimmRun` reads or replaces.
+_FUNCTIONS = ("main", "_parse_args", "train_one_epoch", "validate")
+_PARAMETERS = ("epoch", "model", "loader", "args", "device", "lr_scheduler", "output_dir", "num_updates_total")
+_active = False
+
+
+def launch(argv: list[str]) -> int:
+    """Run a ``train.py`` of timm.
+
+    Args:
+        argv: path of the script, then its words; ours are among them.
+
+    Returns:
+        The script's exit code.
+
+    Raises:
+        UsageError: bad input, in one line; nothing has been trained.
+    """
+    if is_active():
+        raise UsageError("gd-plugin timm is running already; start it once, with timm's train.py")
+    path, words = Path(argv[0]), argv[1:]
+    source = _read(path)
+    with _script(path, source) as script:
+        _add_arguments(script.parser)
+        script._parse_args = _parsing(script, f"gd-plugin timm {shlex.join(publishable_words(argv))}")
+        sys.argv = [str(path), *words]
+        try:
+            script.main()
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def is_active() -> bool:
+    """Whether a script that this launcher has started is running in this process."""
+    return _active
+
+
+def _read(path: Path) -> str:
+    """The text of a script that is timm's, as far as that can be told without running it."""
+    if not path.is_file():
+        hint = "put torchrun first: torchrun -m gd_plugin.timm PATH/TO/train.py" if path.name == "torchrun" else (
+            "give the path to the train.py of a timm checkout first, then its arguments"
+        )  # fmt: skip
+        raise UsageError(f"there is no script {path}; {hint}")
+    if Version(timm.__version__) < Version(_OLDEST):
+        raise UsageError(
+            f"timm {timm.__version__} is too old, gd-plugin timm needs timm >= {_OLDEST}: pip install -U timm"
+        )
+    try:
+        source = path.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+    except (UnicodeDecodeError, SyntaxError, ValueError):
+        raise UsageError(f"{path} is not a Python script; give the path to the train.py of a timm checkout") from None
+    imported = {name.split(".")[0] for name in _imports(tree)}
+    if "gd_plugin" in imported or path.resolve().parent == Path(__file__).parent.resolve():
+        raise UsageError(f"{path} is a launcher itself, and two cannot be nested; give timm's train.py instead")
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    missing = [name for name in _FUNCTIONS if name not in functions]
+    if missing or "timm" not in imported:
+        raise UsageError(
+            f"{path} is not timm's train.py: it {'has no ' + missing[0] if missing else 'does not import timm'}; give "
+            "the path to the train.py of a timm checkout"
+        )
+    arguments = functions["train_one_epoch"].args
+    parameters = {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+    missing = [name for name in _PARAMETERS if name not in parameters]
+    if missing or not parameters & {"task", "loss_fn"}:
+        raise UsageError(
+            f"{path} is not a train.py of timm >= {_OLDEST}: its train_one_epoch has no {(missing or ['task'])[0]}; "
+            f"take the script of the installed version, git checkout v{timm.__version__}"
+        )
+    return source
+
+
+def _imports(tree: ast.Module) -> list[str]:
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.append(node.module)
+    return names
+
+
+@contextmanager
+def _script(path: Path, source: str):
+    """The script as a module, as ``import train`` would make it, and afterwards everything as it was."""
+    global _active
+    module = types.ModuleType(path.stem)
+    module.__file__ = str(path)
+    before = sys.argv, sys.modules.get(path.stem)
+    sys.modules[path.stem] = module  # what the script defines can be pickled for a worker process
+    _active = True
+    if has_loss_factory():
+        register()
+    try:
+        try:
+            exec(compile(source, str(path), "exec"), module.__dict__)
+        except ImportError as error:
+            if (error.name or "").split(".")[0] != "timm":
+                raise
+            raise UsageError(
+                f"{path} does not go with timm {timm.__version__} ({error}): take the script of that version, "
+                f"git checkout v{timm.__version__}, or pip install -U timm"
+            ) from None
+        yield module
+    finally:
+        unregister()
+        _active = False
+        sys.argv = before[0]
+        if before[1] is None:
+            sys.modules.pop(path.stem, None)
+        else:
+            sys.modules[path.stem] = before[1]
+
+
+def _flag(field: str) -> str:
+    return f"--gd-{field.replace('_', '-')}"
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Our options, with no default of their own: what was not given must be told from what was."""
+    loss = next((action for action in parser._actions if "--loss" in action.option_strings), None)
+    group = parser.add_argument_group("Gradient-decay loss (gd_plugin, arXiv 2210.17145)")
+    if loss is None:  # before timm 1.0.30
+        group.add_argument(
+            "--loss",
+            choices=("ce", LOSS_TYPE),
+            help="'gd': the gradient-decay softmax cross-entropy in place of the script's cross-entropy",
+        )
+    elif loss.choices is not None and LOSS_TYPE not in loss.choices:
+        loss.choices = (*loss.choices, LOSS_TYPE)
+    metavars = {"beta": "B[,B...]", "beta_start": "B[,B...]", "class_weights": "W,W,...", "schedule": "SHAPE"}
+    for name, field in FIELDS.items():
+        group.add_argument(
+            _flag(name),
+            type=lambda text, name=name: value_of(name, text, _flag(name)),
+            metavar=metavars.get(name, "N"),
+            help=field.metadata["help"] + (" Needs --loss gd." if name == "beta" else ""),
+        )
+
+
+def _parsing(script: types.ModuleType, command: str):
+    """The script's ``_parse_args``, which also checks our options and puts the loss in its place."""
+    original = script._parse_args
+
+    def parse_args(*args, **kwargs):
+        # Before the script's own checks, which may refuse a pair of losses with a page of usage.
+        known, _ = script.parser.parse_known_args(sys.argv[1:])
+        if getattr(known, "loss", None) == LOSS_TYPE:
+            refuse(known)
+        parsed = original(*args, **kwargs)
+        config = _config(parsed[0])
+        if config is not None:
+            refuse(parsed[0])
+            TimmRun(config, command, _flag).attach(script.__dict__)
+        return parsed
+
+    return parse_args
+
+
+def _config(args: argparse.Namespace) -> GradientDecayConfig | None:
+    """The checked configuration; None where the script trains with another loss."""
+    for name in vars(args):  # a YAML --config can hold any key
+        if name.startswith("gd_") and name[3:] not in FIELDS:
+            near = difflib.get_close_matches(name[3:], FIELDS, n=1) or list(FIELDS)
+            raise UsageError(f"{name} is no option of gd_plugin; did you mean gd_{', gd_'.join(near)}?")
+    values: dict[str, Any] = {name: getattr(args, f"gd_{name}") for name in FIELDS}
+    values = {name: value for name, value in values.items() if value is not None}
+    if args.loss != LOSS_TYPE:
+        if values:
+            raise UsageError(f"{_flag(next(iter(values)))} is set, but the loss is not gd; add --loss gd")
+        return None
+    if "beta" not in values:
+        raise UsageError("--loss gd needs a beta: add --gd-beta (for example 5; 1 is cross-entropy)")
+    try:
+        return GradientDecayConfig(**values)
+    except ValueError as error:
+        raise UsageError(rename_fields(error, _flag)) from None
