@@ -110,13 +110,15 @@ class ClassificationMetrics:
         """
         if other._residual is None:  # it has seen nothing
             return
+        theirs = len(other._residual)
+        ours = theirs if self._residual is None else len(self._residual)
+        if (ours, self.num_bins) != (theirs, other.num_bins):
+            raise ValueError(
+                f"cannot merge metrics of {theirs} classes in {other.num_bins} bins into those of {ours} classes in "
+                f"{self.num_bins} bins; measure the same model with the same num_bins"
+            )
         if self._residual is None:
             self._residual = torch.zeros_like(other._residual)
-        if self._residual.shape != other._residual.shape:
-            raise ValueError(
-                f"cannot merge metrics of shape (classes, bins) {tuple(other._residual.shape)} into "
-                f"{tuple(self._residual.shape)}; measure the same model with the same num_bins"
-            )
         self._confidence += other._confidence
         self._correct += other._correct
         self._nll += other._nll

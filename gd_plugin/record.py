@@ -30,7 +30,7 @@ __all__ = [
 RECORD_FORMAT = 1
 
 _PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "numpy")
-_REQUIRED = ("name", "config", "seed", "epochs", "final")
+_REQUIRED = ("name", "config", "seed", "dataset", "epochs", "final", "wall_time_s")
 # Speed, not quality: it differs between two runs of the same seed.
 _SPEED = ("_runtime", "_per_second", "_model_preparation_time")
 
@@ -140,10 +140,13 @@ def publishable_words(argv: list[str]) -> list[str]:
 
 
 def publishable(value: Any) -> Any:
-    """An absolute path by its last part, and anything else as it is."""
-    if isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute()):
-        return Path(value).name or value
-    return value
+    """An absolute path by its last part, also behind a reader of timm (hfds//data/cifar10); anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    reader, _, path = value.partition("/")
+    if reader.isalnum() and path.startswith("/"):
+        return f"{reader}/{publishable(path)}"
+    return (Path(value).name or value) if value.startswith("~") or Path(value).is_absolute() else value
 
 
 def read_record(path: str | os.PathLike) -> dict:

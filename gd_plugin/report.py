@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from pathlib import Path
 
 from rich.console import Console
@@ -24,10 +23,10 @@ def main(argv: list[str]) -> int:
         ValueError: a folder without a record, or one that cannot be read; one line.
         OSError: the output folder cannot be written to.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="gd-plugin report",
         description="Draws training curves and a reliability diagram of every run into its folder, and where there are "
-        "several, of all of them side by side into --output_dir; prints their last metrics.",
+        "several, of all of them in one picture into --output_dir; prints their last metrics.",
     )
     parser.add_argument(
         "runs",
@@ -40,25 +39,33 @@ def main(argv: list[str]) -> int:
         "--output_dir",
         "--output-dir",
         type=Path,
-        help="where the pictures of several runs go; default: what they share",
+        help="where the pictures of several runs go; default: the folder that holds them all, or else this one",
     )
     parser.add_argument("--format", choices=("png", "svg"), default="png", help="of the pictures; default: %(default)s")
     options = parser.parse_args(argv)
 
-    folders = [folder for run in options.runs for folder in _folders(run)]
+    once: dict[Path, Path] = {}  # however often a run is named
+    for folder in (folder for run in options.runs for folder in _folders(run)):
+        once.setdefault(folder.resolve(), folder)
+    folders = list(once.values())
     records = [read_record(folder / "record.json") for folder in folders]
-    console = Console()
+    console = Console(emoji=False)  # a name is other people's text
     for folder, record in zip(folders, records, strict=True):
         draw([record], folder, console, options.format)
-    if len(records) > 1:
-        output_dir = options.output_dir or Path(os.path.commonpath([folder.resolve() for folder in folders]))
+    output_dir = options.output_dir
+    if len(records) > 1 or output_dir:
+        parents = {folder.resolve().parent for folder in folders}
+        output_dir = output_dir or (parents.pop() if len(parents) == 1 else Path())
         output_dir.mkdir(parents=True, exist_ok=True)
         draw(records, output_dir, console, options.format)
-    else:
-        output_dir = folders[0]
     print_table(console, records)
-    console.print(f"Pictures (curves, reliability): {output_dir}/", soft_wrap=True, markup=False)
+    console.print(f"Pictures (curves, reliability): {output_dir or folders[0]}/", soft_wrap=True, markup=False)
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message} (gd-plugin report --help)")
 
 
 def _folders(run: Path) -> list[Path]:

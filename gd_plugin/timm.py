@@ -126,25 +126,32 @@ def model_card(run: str | os.PathLike) -> dict[str, Any]:
     record = read_record(Path(run) / "record.json")
     settings, final, dataset = record["config"], record["final"], record["dataset"]
     gd = {name: value for name, value in record["gd"].items() if value}
+    if "beta_start" not in gd:
+        del gd["schedule"]
     shown = ("model", "epochs", "batch_size", "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "amp",
              "smoothing", "mixup", "cutmix", "model_ema", "seed")  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     hardware = record["hardware"]
+    details = {
+        "Gradient-decay loss": gd,
+        "Hyperparameters": {name: settings[name] for name in shown if settings.get(name) is not None},
+        "Training data": dataset["name"],
+    }
+    if final:  # trained with a validation split
+        measured = f"{dataset['tested_on']} split after epoch {record['epochs'][-1]['epoch']:g} (n = 1 run)"
+        details[f"Results on the {measured}"] = {
+            name: "not finite" if value is None else f"{value:.4f}" for name, value in final.items()
+        }
+    details |= {
+        "Command": f"`{record['command']}`",
+        "Versions": versions,
+        "Hardware": ", ".join(hardware["gpu"]) or hardware["cpu"],
+        "Commit of gd_plugin": record["commit"],
+    }
     return {
         "tags": ["image-classification", "timm", "transformers", "gradient-decay", "calibration", "arxiv:2210.17145"],
         "description": "Trained with the gradient-decay softmax cross-entropy (arXiv 2210.17145) of gd_plugin.",
-        "details": {
-            "Gradient-decay loss": gd,
-            "Hyperparameters": {name: settings[name] for name in shown if settings.get(name) is not None},
-            "Training data": dataset["name"],
-            f"Results on the {dataset['tested_on']} split after epoch {record['epochs'][-1]['epoch']:g} (n = 1 run)": {
-                name: f"{value:.4f}" for name, value in final.items() if value is not None
-            },
-            "Command": f"`{record['command']}`",
-            "Versions": versions,
-            "Hardware": ", ".join(hardware["gpu"]) or hardware["cpu"],
-            "Commit of gd_plugin": record["commit"],
-        },
+        "details": details,
         "citation": [CITATION],
     }
 

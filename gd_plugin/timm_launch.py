@@ -12,6 +12,7 @@ import difflib
 import shlex
 import sys
 import types
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,16 @@ def launch(argv: list[str]) -> int:
         raise UsageError("gd-plugin timm is running already; start it once, with timm's train.py")
     path, words = Path(argv[0]), argv[1:]
     source = _read(path)
-    with _script(path, source) as script:
+    with _script(path, source, words) as script:
         _add_arguments(script.parser)
         script._parse_args = _parsing(script, f"gd-plugin timm {shlex.join(publishable_words(argv))}")
-        sys.argv = [str(path), *words]
         try:
             script.main()
         except SystemExit as end:
-            return end.code if isinstance(end.code, int) else int(end.code is not None)
+            if end.code is None or isinstance(end.code, int):
+                return end.code or 0
+            print(end.code, file=sys.stderr)  # as Python does
+            return 1
     return 0
 
 
@@ -85,7 +88,8 @@ def _read(path: Path) -> str:
     if "gd_plugin" in imported or path.resolve().parent == Path(__file__).parent.resolve():
         raise UsageError(f"{path} is a launcher itself, and two cannot be nested; give timm's train.py instead")
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    missing = [name for name in _FUNCTIONS if name not in functions]
+    assigned = {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+    missing = [name for name in (*_FUNCTIONS, "parser") if name not in (assigned if name == "parser" else functions)]
     if missing or "timm" not in imported:
         raise UsageError(
             f"{path} is not timm's train.py: it {'has no ' + missing[0] if missing else 'does not import timm'}; give "
@@ -113,12 +117,13 @@ def _imports(tree: ast.Module) -> list[str]:
 
 
 @contextmanager
-def _script(path: Path, source: str):
+def _script(path: Path, source: str, words: list[str]):
     """The script as a module, as ``import train`` would make it, and afterwards everything as it was."""
     global _active
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
     before = sys.argv, sys.modules.get(path.stem)
+    sys.argv = [str(path), *words]  # first: a parser takes its program's name from it
     sys.modules[path.stem] = module  # what the script defines can be pickled for a worker process
     _active = True
     if has_loss_factory():
@@ -180,7 +185,7 @@ def _parsing(script: types.ModuleType, command: str):
         if getattr(known, "loss", None) == LOSS_TYPE:
             refuse(known)
         parsed = original(*args, **kwargs)
-        config = _config(parsed[0])
+        config = _config(parsed[0], next(a.choices for a in script.parser._actions if "--loss" in a.option_strings))
         if config is not None:
             refuse(parsed[0])
             TimmRun(config, command, _flag).attach(script.__dict__)
@@ -189,8 +194,10 @@ def _parsing(script: types.ModuleType, command: str):
     return parse_args
 
 
-def _config(args: argparse.Namespace) -> GradientDecayConfig | None:
-    """The checked configuration; None where the script trains with another loss."""
+def _config(args: argparse.Namespace, losses: Sequence[str] | None) -> GradientDecayConfig | None:
+    """The checked configuration; None where the script trains with another of its ``losses``."""
+    if args.loss is not None and losses is not None and args.loss not in losses:  # from YAML, which nobody has checked
+        raise UsageError(f"loss: {args.loss} is unknown; the losses are {', '.join(losses)}")
     for name in vars(args):  # a YAML --config can hold any key
         if name.startswith("gd_") and name[3:] not in FIELDS:
             near = difflib.get_close_matches(name[3:], FIELDS, n=1) or list(FIELDS)

@@ -164,9 +164,7 @@ class TimmRun:
         self._started = time.time()
         self._record = _new_record(self, given)
         if self._output_dir is not None:
-            _logger.info(
-                f"gradient-decay loss in place of {type(criterion).__name__}: {_describe(self._schedule, self._total)}"
-            )
+            _logger.info(f"Gradient-decay loss: {_describe(self._schedule, self._total)}")
             self._continue_record(given["epoch"], updates_per_epoch)
 
     def _set_beta(self, num_updates: int) -> None:

@@ -66,7 +66,7 @@ def prepare(argv: list[str], recipes: Path) -> Job:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # one bar of our own over all runs
     datasets.disable_progress_bars()
-    console = Console(quiet=runs[0].args.process_index != 0)
+    console = Console(quiet=runs[0].args.process_index != 0, emoji=False)
 
     with console.status("Loading the data and the model"):
         data = load_data(runs[0].data)

@@ -92,7 +92,7 @@ SHORT = f"{DIGITS} --max_train_samples 128 --per_device_train_batch_size 32 --nu
 # Words are split at spaces; {T} is the folder of `things`. Then a regular expression, all of the message or its start.
 BAD = [
     # The command and its flags
-    ("bogus", r"there is no command 'bogus'; the commands are: train \(gd-plugin --help\)\n"),
+    ("bogus", r"there is no command 'bogus'; the commands are: train, timm, report \(gd-plugin --help\)\n"),
     ("--foo", r"there is no command '--foo'"),
     ("train", r"no data set: give --dataset, a data set of the Hub"),
     ("train --dataset digits", r"no model: give --model"),

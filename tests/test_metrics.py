@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -380,3 +381,132 @@ def test_nothing_to_measure():
         metrics.compute()
     with pytest.raises(ValueError, match="num_bins"):
         ClassificationMetrics(num_bins=0)
+
+
+# Merging --------------------------------------------------------------------------------------------------------------
+
+
+def measured(logits, target, **kwargs) -> ClassificationMetrics:
+    metrics = ClassificationMetrics(**kwargs)
+    metrics.update(logits, target)
+    return metrics
+
+
+def merged(*parts) -> ClassificationMetrics:
+    metrics = ClassificationMetrics(parts[0].num_bins)
+    for part in parts:
+        metrics.merge(part)
+    return metrics
+
+
+def assert_same(one, other):
+    assert len(one) == len(other)
+    assert_equal(one.compute(), other.compute())
+    for row, expected in zip(one.reliability(), other.reliability(), strict=True):
+        assert row["count"] == expected["count"]
+        assert row == {key: v if v is None else pytest.approx(v, rel=1e-12, abs=1e-12) for key, v in expected.items()}
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 80), min_size=1, max_size=6), st.integers(0, 1000), st.sampled_from([1, 10, 15]))
+def test_merged_parts_equal_one_shot(sizes, seed, num_bins):
+    logits, target = batch(sum(sizes) + 1, seed=seed)
+    target[::7] = -100
+    target[-1] = 0
+    sizes = [*sizes, 1]
+    parts = [measured(*part, num_bins=num_bins) for part in zip(logits.split(sizes), target.split(sizes), strict=True)]
+    whole = measured(logits, target, num_bins=num_bins)
+    assert_same(merged(*parts), whole)
+    assert_same(merged(*parts[::-1]), whole)
+    # As they come from other processes, and some after others.
+    parts = pickle.loads(pickle.dumps(parts))
+    parts[0].merge(merged(*parts[1:]))
+    assert_same(parts[0], whole)
+
+
+@pytest.mark.parametrize("key", sorted(KEYS))
+def test_a_part_that_is_not_merged_is_missed(key):
+    logits, target = batch()
+    parts = [measured(*part) for part in zip(logits.split(100), target.split(100), strict=True)]
+    whole = measured(logits, target)
+    assert merged(*parts).compute()[key] == pytest.approx(whole.compute()[key], rel=1e-12)
+    assert merged(*parts[:2]).compute()[key] != pytest.approx(whole.compute()[key], rel=1e-6)
+    assert merged(*parts[:2]).reliability() != whole.reliability()
+
+
+def test_merged_class_probabilities():
+    logits, target = batch()[0], F.softmax(batch(seed=1)[0], -1)
+    assert_same(
+        merged(measured(logits[:50], target[:50]), measured(logits[50:], target[50:])), measured(logits, target)
+    )
+
+
+def test_merging_nothing_changes_nothing():
+    logits, target = batch()
+    metrics = measured(logits, target)
+    before = metrics.compute(), metrics.reliability()
+    metrics.merge(ClassificationMetrics())
+    metrics.merge(measured(logits[:0], target[:0]))
+    metrics.merge(measured(logits, torch.full_like(target, -100)))
+    assert (metrics.compute(), metrics.reliability()) == before
+    metrics.merge(measured(logits[:1], target[:1]))
+    assert metrics.compute() != before[0]
+
+
+def test_merging_into_nothing():
+    logits, target = batch()
+    for metrics in (ClassificationMetrics(), measured(logits[:0], target[:0])):
+        metrics.merge(measured(logits, target))
+        assert_same(metrics, measured(logits, target))
+    with pytest.raises(ValueError, match="no sample"):
+        merged(ClassificationMetrics(), measured(logits[:0], target[:0])).compute()
+
+
+def test_what_is_merged_stays_as_it_was():
+    logits, target = batch()
+    first, second = measured(logits[:100], target[:100]), measured(logits[100:200], target[100:200])
+    before = first.compute(), second.compute()
+    metrics = merged(first, second)
+    metrics.compute()
+    metrics.update(logits[200:], target[200:])
+    assert_same(metrics, measured(logits, target))
+    assert (first.compute(), second.compute()) == before
+    assert metrics.compute() not in before
+
+
+@pytest.mark.parametrize("diverged_first", [True, False])
+def test_a_diverged_part_makes_every_metric_nan(diverged_first):
+    logits, target = batch(10)
+    good, bad = measured(logits, target), measured(torch.full_like(logits, math.nan), target)
+    parts = [bad, good] if diverged_first else [good, bad]
+    metrics = merged(*parts)
+    assert metrics.compute().keys() == KEYS
+    assert all(math.isnan(value) for value in metrics.compute().values())
+    assert [bin["count"] for bin in metrics.reliability()] == [0] * 15
+    assert all(math.isfinite(value) for value in merged(good, good).compute().values())
+    metrics.reset()
+    metrics.merge(good)
+    assert_same(metrics, good)
+
+
+def test_parts_of_other_classes_or_bins_are_refused():
+    metrics = measured(*batch(20, 4))
+    before = metrics.compute(), metrics.reliability()
+    for other, shape in (
+        (measured(*batch(20, 5)), "5 classes in 15"),
+        (measured(*batch(20, 4), num_bins=10), "4 classes in 10"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"^cannot merge metrics of {shape} bins into those of 4 classes in 15 bins"
+        ):
+            metrics.merge(other)
+        assert (metrics.compute(), metrics.reliability()) == before
+
+
+def test_parts_of_other_bins_are_refused_before_the_first_sample():
+    metrics = ClassificationMetrics(num_bins=10)
+    with pytest.raises(ValueError, match="bins"):
+        metrics.merge(measured(*batch(20, 4), num_bins=15))
+    assert len(metrics) == 0
+    metrics.merge(measured(*batch(20, 4), num_bins=10))
+    assert_same(metrics, measured(*batch(20, 4), num_bins=10))

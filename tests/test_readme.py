@@ -1,8 +1,13 @@
 """Every snippet of README.md runs as it stands there; every number of its table is in a committed record."""
 
+import contextlib
+import io
+import os
 import re
 import shlex
+import shutil
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +22,18 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 SETUP = {name: text.strip() for name, text in re.findall(r"<!-- command: (\w+) -->\n```bash\n(.*?)```", README, re.S)}
-SHELL = [text.strip() for language, text in BLOCKS if language == "bash" and text.strip() not in SETUP.values()]
+SHELL = [
+    line
+    for language, text in BLOCKS
+    if language == "bash" and text.strip() not in SETUP.values()
+    for line in text.strip().splitlines()
+]
+DIFFS = [
+    ["\n".join(line[1:] for line in text.splitlines() if line.startswith(sign)) for sign in ("-", "+")]
+    for language, text in BLOCKS
+    if language == "diff"
+]
+TIMM = [command for command in (*SHELL, DIFFS[1][1]) if "train.py" in command]
 
 
 @pytest.fixture
@@ -34,31 +50,100 @@ def names(tmp_path, monkeypatch):
     return {"model": ViTForImageClassification(config), "train_dataset": samples, "eval_dataset": samples}
 
 
+@pytest.fixture(scope="session")
+def timm_folder(tmp_path_factory):
+    """Where timm's commands are given: a train.py, a folder of images, and two runs of it."""
+    from timm_runs import SCRIPTS, write_digits
+
+    folder = tmp_path_factory.mktemp("timm")
+    shutil.copy(SCRIPTS["new"], folder)
+    write_digits(folder / "data")
+    for name in ("first-run", "second-run"):
+        _shell(f"{DIFFS[1][1]} {SHORT} --output output/train --experiment {name}", folder)
+    return folder
+
+
+# A small network in place of ResNet-18, and just more epochs than the warm-up has.
+SHORT = (
+    "--model test_vit --model-kwargs img_size=32 depth=1 --img-size 32 --epochs 6 --batch-size 32 --workers 0 "
+    "--device cpu"
+)
+
+
+def _shell(command, folder):
+    """A command of the README as it stands there: what starts gd-plugin in this process, anything else in a shell."""
+    from timm_runs import own_logging
+
+    if command.startswith("gd-plugin "):
+        before = Path.cwd()
+        os.chdir(folder)
+        try:
+            with own_logging(), contextlib.redirect_stdout(io.StringIO()) as out:
+                assert cli.main(shlex.split(command)[1:]) == 0
+        finally:
+            os.chdir(before)
+        return out.getvalue()
+    programs = folder / "bin"
+    if not programs.exists():  # this Python's, whose environment need not be active
+        programs.mkdir()
+        start = '-c "from torch.distributed.run import main; main()"'
+        for name, words in {"python": "", "torchrun": start}.items():
+            (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
+            (programs / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_the_readme_has_snippets():
-    assert len(PYTHON) == 4 and len(SHELL) == 1 and set(SETUP) == {"demo", "test"}
+    assert (
+        len(PYTHON) == 6 and len(SHELL) == 5 and len(DIFFS) == 2 and len(TIMM) == 4 and set(SETUP) == {"demo", "test"}
+    )
     assert {language for language, _ in BLOCKS} == {"diff", "python", "bash", "bibtex"}
 
 
 @pytest.mark.parametrize("snippet", PYTHON, ids=range(len(PYTHON)))
-def test_python_snippet(snippet, names):
+def test_python_snippet(snippet, names, request):
+    if "gd_plugin.timm" in snippet:
+        os.chdir(request.getfixturevalue("timm_folder"))
     exec(compile(snippet, "README.md", "exec"), names)
 
 
 def test_the_changed_line(names):
-    (diff,) = (text for language, text in BLOCKS if language == "diff")
-    before, after = ("\n".join(line[1:] for line in diff.splitlines() if line.startswith(sign)) for sign in ("-", "+"))
-    for text in (before, after):
+    for text in DIFFS[0]:
         exec(text, names)
         names["trainer"].train()
     assert names["trainer"].gd_config.beta_start == 0.01
 
 
-@pytest.mark.parametrize("command", SHELL)
-def test_shell_snippet(command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", TIMM, ids=range(len(TIMM)))
+def test_timm_command(command, timm_folder, tmp_path):
+    _shell(f"{command} {SHORT} --output {tmp_path} --experiment run", timm_folder)
+    record = read_record(tmp_path / "run/record.json")
+    assert record["gd"]["beta"] == 5 and len(record["epochs"]) == 6
+    start = 0.01 if "beta-start" in command or "BETA_START" in command else None
+    assert record["gd"]["beta_start"] == start and record["gd"]["warmup_epochs"] == (5 if start else 0)
+
+
+def test_the_flag_is_added_to_a_command_that_runs_without_it(timm_folder, tmp_path):
+    before, after = DIFFS[1]
+    assert after == before.replace("python train.py", "gd-plugin timm train.py") + " --loss gd --gd-beta 5"
+    _shell(f"{before} {SHORT} --output {tmp_path} --experiment run", timm_folder)
+    assert (tmp_path / "run/summary.csv").exists() and not (tmp_path / "run/record.json").exists()
+
+
+def test_report_command(timm_folder):
+    (command,) = (command for command in SHELL if command.startswith("gd-plugin report"))
+    assert "first-run" in _shell(command, timm_folder)
+    assert (timm_folder / "output/train/curves.png").exists()
+
+
+def test_train_command(tmp_path, monkeypatch):
     """The command, on built-in data in place of the Hub's and shortened."""
+    (command,) = (command for command in SHELL if command.startswith("gd-plugin train"))
     monkeypatch.chdir(tmp_path)
-    program, *words = shlex.split(command)
-    assert program == "gd-plugin"
+    words = shlex.split(command)[1:]
     small = "--dataset digits --max_train_samples 64 --max_eval_samples 32 --num_train_epochs 1"
     assert cli.main([*words, *small.split()]) == 0
     assert read_record(next(tmp_path.glob("runs/*/record.json")))["gd"]["beta_start"] == 0.01

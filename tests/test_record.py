@@ -13,9 +13,18 @@ from pathlib import Path
 import pytest
 
 from gd_plugin import record
-from gd_plugin.record import environment, epochs_from_log, read_record, write_atomic, write_json
+from gd_plugin.record import environment, epochs_from_log, publishable, read_record, write_atomic, write_json
 
-RECORD = {"format": 1, "name": "beta5", "config": {}, "seed": 0, "epochs": [], "final": {}}
+RECORD = {
+    "format": 1,
+    "name": "beta5",
+    "config": {},
+    "seed": 0,
+    "dataset": {},
+    "epochs": [],
+    "final": {},
+    "wall_time_s": 1.0,
+}
 
 
 def names(folder: Path) -> list[str]:
@@ -273,7 +282,10 @@ def test_read_record(tmp_path):
         (b"[1]", "JSON list"),
         (json.dumps({k: v for k, v in RECORD.items() if k != "format"}).encode(), "no 'format'"),
         (json.dumps(RECORD | {"format": 2}).encode(), "format 2, this version reads 1"),
-        (json.dumps({"format": 1, "name": "x", "seed": 0, "final": {}}).encode(), "lacks config, epochs"),
+        (
+            json.dumps({"format": 1, "name": "x", "seed": 0, "final": {}}).encode(),
+            "lacks config, dataset, epochs, wall_time_s",
+        ),
     ],
 )
 def test_what_is_no_record_is_refused(tmp_path, content, message):
@@ -287,3 +299,19 @@ def test_what_is_no_record_is_refused(tmp_path, content, message):
 def test_an_absent_record(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_record(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/data/cifar10", "cifar10"),
+        ("~/cifar10", "cifar10"),
+        ("hfds//data/cifar10", "hfds/cifar10"),
+        ("hfds/uoft-cs/cifar10", "hfds/uoft-cs/cifar10"),
+        ("https://host/name", "https://host/name"),
+        ("data/cifar10", "data/cifar10"),
+        (0.5, 0.5),
+    ],
+)
+def test_a_record_keeps_no_folder_of_a_machine(value, expected):
+    assert publishable(value) == expected
