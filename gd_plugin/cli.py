@@ -82,12 +82,13 @@ def _timm(argv: list[str]) -> int:
         # As Python does for a script, and before timm is imported: beside the train.py of a checkout lies its own timm.
         sys.path.insert(0, str(folder))
     try:
-        from . import timm_launch
+        from . import timm_launch, timm_train
 
         try:
             return timm_launch.launch(argv)
         except timm_launch.UsageError as error:
-            return _fail(str(error))
+            timm_train.say(error)
+            return 2
     finally:
         sys.path[:] = path
 

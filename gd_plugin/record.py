@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,9 @@ def _versions() -> dict[str, str]:
     versions = {"gd_plugin": __version__}  # also where it is not installed but run from a checkout
     for name in _PACKAGES:
         try:
-            versions[name] = importlib.metadata.version(name)
+            # What is loaded, which may lie beside a script, before what is installed.
+            loaded = getattr(sys.modules.get(name), "__version__", None)
+            versions[name] = loaded or importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         "--output_dir",
         "--output-dir",
         type=Path,
-        help="where the pictures of several runs go; default: the folder that holds them all, or else this one",
+        help="where the pictures of several runs go; default: the folder that holds them all",
     )
     parser.add_argument("--format", choices=("png", "svg"), default="png", help="of the pictures; default: %(default)s")
     options = parser.parse_args(argv)
@@ -49,13 +49,16 @@ def main(argv: list[str]) -> int:
         once.setdefault(folder.resolve(), folder)
     folders = list(once.values())
     records = [read_record(folder / "record.json") for folder in folders]
+    output_dir = options.output_dir
+    if len(records) > 1 and not output_dir:
+        parents = {folder.resolve().parent for folder in folders}
+        if len(parents) > 1:
+            raise ValueError("these runs lie in different folders: say with --output_dir where their pictures go")
+        output_dir = parents.pop()
     console = Console(emoji=False)  # a name is other people's text
     for folder, record in zip(folders, records, strict=True):
         draw([record], folder, console, options.format)
-    output_dir = options.output_dir
-    if len(records) > 1 or output_dir:
-        parents = {folder.resolve().parent for folder in folders}
-        output_dir = output_dir or (parents.pop() if len(parents) == 1 else Path())
+    if output_dir:
         output_dir.mkdir(parents=True, exist_ok=True)
         draw(records, output_dir, console, options.format)
     print_table(console, records)

@@ -33,7 +33,7 @@ _originals: dict[tuple[str, str], Any] = {}  # (module, name): what `unregister`
 
 
 def has_loss_factory() -> bool:
-    """Whether this timm has ``timm.loss.create_classification_loss``, which came with 1.0.30."""
+    """Whether this timm has ``timm.loss.create_classification_loss``, which came with 1.0.31."""
     return hasattr(importlib.import_module("timm.loss"), "create_classification_loss")
 
 
@@ -50,7 +50,7 @@ def register() -> None:
     Every other loss type is left as it was, and ``timm.loss.LOSS_TYPES`` stays one object in all of timm.
 
     Raises:
-        RuntimeError: timm is older than 1.0.30 and has no factory.
+        RuntimeError: timm is older than 1.0.31 and has no factory.
     """
     if _originals:
         return
@@ -58,7 +58,7 @@ def register() -> None:
 
     if not has_loss_factory():
         raise RuntimeError(
-            f"timm {timm.__version__} has no loss factory to register with; it needs timm >= 1.0.30: "
+            f"timm {timm.__version__} has no loss factory to register with; it needs timm >= 1.0.31: "
             "pip install -U timm (gd-plugin timm works with the train.py of timm >= 1.0.20)"
         )
     ours = {
@@ -129,7 +129,7 @@ def model_card(run: str | os.PathLike) -> dict[str, Any]:
     if "beta_start" not in gd:
         del gd["schedule"]
     shown = ("model", "epochs", "batch_size", "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "amp",
-             "smoothing", "mixup", "cutmix", "model_ema", "seed")  # fmt: skip
+             "smoothing", "mixup", "cutmix", "model_ema", "world_size", "seed")  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     hardware = record["hardware"]
     details = {
@@ -138,7 +138,9 @@ def model_card(run: str | os.PathLike) -> dict[str, Any]:
         "Training data": dataset["name"],
     }
     if final:  # trained with a validation split
-        measured = f"{dataset['tested_on']} split after epoch {record['epochs'][-1]['epoch']:g} (n = 1 run)"
+        epoch = next(entry["epoch"] for entry in reversed(record["epochs"]) if "eval_loss" in entry)
+        weights = ", averaged weights" if settings.get("model_ema") else ""
+        measured = f"{dataset['tested_on']} split after epoch {epoch:g} (n = 1 run{weights})"
         details[f"Results on the {measured}"] = {
             name: "not finite" if value is None else f"{value:.4f}" for name, value in final.items()
         }

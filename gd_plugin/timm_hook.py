@@ -3,10 +3,10 @@
     GD_BETA=5 GD_BETA_START=0.01 GD_WARMUP_EPOCHS=5 python train.py --device-modules gd_plugin.timm_hook ...
 
 The script imports this module after it has read its arguments; importing it puts the loss in place of the script's
-cross-entropy. Every knob of `GradientDecayConfig` is a variable: ``GD_BETA`` (needed), ``GD_BETA_START``,
-``GD_SCHEDULE``, ``GD_WARMUP_RATIO``, ``GD_WARMUP_STEPS``, ``GD_WARMUP_EPOCHS``, ``GD_CLASS_WEIGHTS``; several numbers
-have commas between them. The script's ``args.yaml``, written from its arguments, does not know them: ``record.json``
-does.
+cross-entropy, for one training per process: what is imported stays. Every knob of `GradientDecayConfig` is a variable:
+``GD_BETA`` (needed), ``GD_BETA_START``, ``GD_SCHEDULE``, ``GD_WARMUP_RATIO``, ``GD_WARMUP_STEPS``,
+``GD_WARMUP_EPOCHS``, ``GD_CLASS_WEIGHTS``; several numbers have commas between them. The script's ``args.yaml``,
+written from its arguments, does not know them: ``record.json`` does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from .config import GradientDecayConfig, rename_fields
 from .record import publishable_words
 from .timm_launch import is_active
-from .timm_train import FIELDS, TimmRun, UsageError, value_of
+from .timm_train import FIELDS, TimmRun, UsageError, say, value_of
 
 
 def _variable(field: str) -> str:
@@ -64,5 +64,5 @@ try:
         raise UsageError("gd-plugin timm is running already; leave --device-modules gd_plugin.timm_hook out")
     TimmRun(_from_environment(), _command(), _variable).attach(_script())
 except UsageError as error:
-    print(f"gd_plugin.timm_hook: error: {error}", file=sys.stderr)
+    say(error, "gd_plugin.timm_hook")
     raise SystemExit(2) from None

@@ -44,7 +44,8 @@ def launch(argv: list[str]) -> int:
         The script's exit code.
 
     Raises:
-        UsageError: bad input, in one line; nothing has been trained.
+        UsageError: bad input, in one line; nothing has been trained. What only the model and the data can tell (a
+            warm-up longer than training) ends the script with exit code 2, after it has made its output folder.
     """
     if is_active():
         raise UsageError("gd-plugin timm is running already; start it once, with timm's train.py")
@@ -130,7 +131,7 @@ def _script(path: Path, source: str, words: list[str]):
         register()
     try:
         try:
-            exec(compile(source, str(path), "exec"), module.__dict__)
+            exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
         except ImportError as error:
             if (error.name or "").split(".")[0] != "timm":
                 raise
@@ -157,7 +158,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     """Our options, with no default of their own: what was not given must be told from what was."""
     loss = next((action for action in parser._actions if "--loss" in action.option_strings), None)
     group = parser.add_argument_group("Gradient-decay loss (gd_plugin, arXiv 2210.17145)")
-    if loss is None:  # before timm 1.0.30
+    if loss is None:  # before timm 1.0.31
         group.add_argument(
             "--loss",
             choices=("ce", LOSS_TYPE),
@@ -186,7 +187,9 @@ def _parsing(script: types.ModuleType, command: str):
             refuse(known)
         parsed = original(*args, **kwargs)
         config = _config(parsed[0], next(a.choices for a in script.parser._actions if "--loss" in a.option_strings))
-        if config is not None:
+        if config is None:
+            TimmRun.detach(script.__dict__)
+        else:
             refuse(parsed[0])
             TimmRun(config, command, _flag).attach(script.__dict__)
         return parsed
@@ -199,8 +202,8 @@ def _config(args: argparse.Namespace, losses: Sequence[str] | None) -> GradientD
     if args.loss is not None and losses is not None and args.loss not in losses:  # from YAML, which nobody has checked
         raise UsageError(f"loss: {args.loss} is unknown; the losses are {', '.join(losses)}")
     for name in vars(args):  # a YAML --config can hold any key
-        if name.startswith("gd_") and name[3:] not in FIELDS:
-            near = difflib.get_close_matches(name[3:], FIELDS, n=1) or list(FIELDS)
+        if name.startswith(("gd_", "gd-")) and name not in {f"gd_{field}" for field in FIELDS}:
+            near = difflib.get_close_matches(name[3:].replace("-", "_"), FIELDS, n=1) or list(FIELDS)
             raise UsageError(f"{name} is no option of gd_plugin; did you mean gd_{', gd_'.join(near)}?")
     values: dict[str, Any] = {name: getattr(args, f"gd_{name}") for name in FIELDS}
     values = {name: value for name, value in values.items() if value is not None}
@@ -211,6 +214,9 @@ def _config(args: argparse.Namespace, losses: Sequence[str] | None) -> GradientD
     if "beta" not in values:
         raise UsageError("--loss gd needs a beta: add --gd-beta (for example 5; 1 is cross-entropy)")
     try:
-        return GradientDecayConfig(**values)
+        config = GradientDecayConfig(**values)
+        if args.num_classes:
+            config.check_num_classes(args.num_classes)
+        return config
     except ValueError as error:
         raise UsageError(rename_fields(error, _flag)) from None

@@ -35,11 +35,12 @@ from .schedule import beta_at
 
 try:
     from timm.task.evaluator import ClassificationEvaluator
-except ImportError:  # before timm 1.0.30, whose scripts evaluate with a loss function
+except ImportError:  # before timm 1.0.31, whose scripts evaluate with a loss function
     ClassificationEvaluator = None
 
-__all__ = ["TimmRun", "UsageError", "refuse", "value_of"]
+__all__ = ["FIELDS", "TimmRun", "UsageError", "refuse", "say", "value_of"]
 
+FIELDS = {field.name: field for field in dataclasses.fields(GradientDecayConfig)}
 _logger = logging.getLogger("gd_plugin")
 
 
@@ -47,22 +48,30 @@ class UsageError(Exception):
     """Bad input, in one line. Not a ValueError: argparse would take that for one of its own."""
 
 
-# A flag or variable holds text. One number, or several with commas between them, as timm's --loss-class-weight.
-_WHOLE, _LISTS = ("warmup_steps",), ("beta", "beta_start", "class_weights")
+def say(error: UsageError, prefix: str = "gd-plugin") -> None:
+    """The error on stderr, once and not per process of torchrun: all of them meet it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{prefix}: error: {error}", file=sys.stderr)
 
 
 def value_of(field: str, text: Any, shown: str) -> Any:
-    """The value of a field of `GradientDecayConfig` from its text; ``shown``: what the user knows it by."""
-    if not isinstance(text, str) or field == "schedule":
+    """The value of a field of `GradientDecayConfig` from the text of a flag or variable, ``shown``.
+
+    Several numbers have commas between them, as in timm's ``--loss-class-weight``.
+    """
+    kind = FIELDS[field].type
+    if not isinstance(text, str) or kind == "str":
         return text
+    several = "tuple" in kind
     try:
-        if field not in _LISTS:
-            return int(text) if field in _WHOLE else float(text)
+        if not several:
+            return int(text) if kind == "int" else float(text)
         values = [float(part) for part in text.split(",")]
     except ValueError:
-        what = "one number, or one per class with commas between them" if field in _LISTS else "a number"
-        raise UsageError(f"{shown} {text!r}: give {what if field not in _WHOLE else 'a whole number'}") from None
-    return values[0] if len(values) == 1 and field != "class_weights" else values
+        what = "a whole number" if kind == "int" else "a number"
+        what = "one number, or one per class with commas between them" if several else what
+        raise UsageError(f"{shown} {text!r}: give {what}") from None
+    return values[0] if len(values) == 1 and "float |" in kind else values
 
 
 def refuse(args: Namespace) -> None:
@@ -109,9 +118,16 @@ class TimmRun:
         self._output_dir: str | None = None
 
     def attach(self, namespace: dict[str, Any]) -> None:
-        """Wrap ``train_one_epoch`` and ``validate`` in a script's globals."""
+        """Wrap ``train_one_epoch`` and ``validate`` in a script's globals, in place of another run's wrapping."""
+        self.detach(namespace)
         for name, wrapper in (("train_one_epoch", self._train_one_epoch), ("validate", self._validate)):
             namespace[name] = _wrapped(namespace[name], wrapper)
+
+    @staticmethod
+    def detach(namespace: dict[str, Any]) -> None:
+        """Undo `attach`, whichever run it was."""
+        for name in ("train_one_epoch", "validate"):
+            namespace[name] = getattr(namespace[name], "gd_original", namespace[name])
 
     def _train_one_epoch(self, original: Callable, call: inspect.BoundArguments) -> dict[str, float]:
         given = call.arguments
@@ -139,7 +155,6 @@ class TimmRun:
             self._set_beta(num_updates)
 
         given["lr_scheduler"] = _Follower(given["lr_scheduler"], after_update)
-        self._loss.pop_cross_entropy(distributed=False)  # of an epoch that was broken off
         metrics = original(*call.args, **call.kwargs)
         metrics["gd_beta"] = _number(used)
         metrics["cross_entropy"] = self._loss.pop_cross_entropy(args.distributed)
@@ -149,8 +164,10 @@ class TimmRun:
 
     def _begin(self, criterion: Any, given: dict[str, Any], updates_per_epoch: int) -> None:
         """Once, before the first update: check against model and data what could not be checked before."""
-        args, task = given["args"], given.get("task")
+        args = given["args"]
         refuse(args)
+        if not updates_per_epoch:
+            raise UsageError(f"--batch-size {args.batch_size} is larger than the training data: there is no batch")
         smoothing = _smoothing(criterion)
         try:
             self.config.check_num_classes(args.num_classes)
@@ -158,12 +175,13 @@ class TimmRun:
         except ValueError as error:
             raise UsageError(rename_fields(error, self.shown)) from None
         self._total = given["num_updates_total"]
-        self._loss = _TrainingLoss(self.config, smoothing).to(given["device"] if task is None else task.device)
+        self._loss = _TrainingLoss(self.config, smoothing).to(given["device"])
         self._beta, self._replaced = self.config.beta, criterion
         self._output_dir = given["output_dir"]  # None but on the first process
         self._started = time.time()
-        self._record = _new_record(self, given)
+        self._record = {"epochs": [], "log": []}
         if self._output_dir is not None:
+            self._record |= self._new_record(given)
             _logger.info(f"Gradient-decay loss: {_describe(self._schedule, self._total)}")
             self._continue_record(given["epoch"], updates_per_epoch)
 
@@ -201,15 +219,49 @@ class TimmRun:
             self._write_record()
         return results
 
+    def _new_record(self, given: dict[str, Any]) -> dict[str, Any]:
+        args, loader, model = given["args"], given["loader"], given["model"]
+        folder = getattr(args, "data_dir", None) or getattr(args, "data", None) or ""
+        try:
+            samples = len(loader.dataset)
+        except TypeError:  # a stream
+            samples = None
+        return {
+            "format": RECORD_FORMAT,
+            "name": Path(self._output_dir).name,
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "command": self.command,
+            "config": {key: _plain(value) for key, value in sorted(vars(args).items())},
+            "gd": self.config.to_dict(),
+            "seed": args.seed,
+            **environment(),
+            "dataset": {
+                "name": publishable(args.dataset or Path(folder).name),
+                "train": samples,
+                "tested_on": args.val_split,
+            },
+            "model": {"name": f"timm:{args.model}", "parameters": sum(p.numel() for p in model.parameters())},
+            "epochs": [],
+            "log": [],
+            "final": {},
+            "reliability": None,
+        }
+
     def _continue_record(self, epoch: int, updates_per_epoch: int) -> None:
         """Of a run that is resumed in its own folder, what came before the epoch where it goes on."""
         path = Path(self._output_dir) / "record.json"
+        if not epoch or not path.exists():
+            return
         try:
             before = read_record(path)
-        except (OSError, ValueError):  # none, or not ours
-            return
-        for part, key, last in (("epochs", "epoch", epoch), ("log", "step", epoch * updates_per_epoch)):
-            self._record[part] += [entry for entry in before[part] if entry[key] <= last]
+            for part, key, last in (("epochs", "epoch", epoch), ("log", "step", epoch * updates_per_epoch)):
+                self._record[part] += [entry for entry in before[part] if entry[key] <= last]
+            self._record |= {key: before[key] for key in ("created", "final", "reliability")}
+            self._started -= before["wall_time_s"]
+        except (OSError, ValueError, KeyError, TypeError) as error:  # cut short, or somebody else's
+            aside = path.with_name("record.unreadable.json")
+            os.replace(path, aside)
+            _logger.warning(f"the record of the run so far cannot be read and is now {aside} ({error})")
 
     def _write_record(self) -> None:
         if self._output_dir is None:
@@ -229,8 +281,9 @@ class _TrainingLoss(GradientDecayLoss):
         weight = None if config.class_weights is None else torch.tensor(config.class_weights)
         super().__init__(beta=per_class or config.beta, weight=weight, label_smoothing=label_smoothing)
         self.set_beta(config.beta)
-        self._sum: Tensor | float = 0.0
-        self._samples = 0
+        # Sum over the samples, and their number. A buffer, which is added to in place: some scripts compile the whole
+        # task, and a Python number that changes would have it compiled anew in every update.
+        self.register_buffer("sums", torch.zeros(2), persistent=False)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         loss, cross_entropy = gradient_decay_cross_entropy(
@@ -243,18 +296,17 @@ class _TrainingLoss(GradientDecayLoss):
             self.label_smoothing,
             return_cross_entropy=True,
         )
-        self._sum = self._sum + cross_entropy * len(target)
-        self._samples += len(target)
+        count = torch.full_like(self.sums[0], len(target))
+        self.sums += torch.stack([cross_entropy.float() * count, count])
         return loss
 
     def pop_cross_entropy(self, distributed: bool) -> float:
         """Mean of the samples since the last call, with ``distributed`` on all processes. Waits for the device."""
-        total, count, self._sum, self._samples = self._sum, self._samples, 0.0, 0
         if distributed:
-            sums = torch.tensor([float(total), count], dtype=torch.float32, device=self.beta.device)
-            torch.distributed.all_reduce(sums)
-            total, count = sums.tolist()
-        return float(total) / count if count else math.nan
+            torch.distributed.all_reduce(self.sums)
+        total, count = self.sums.tolist()
+        self.sums.zero_()
+        return total / count if count else math.nan
 
 
 class _Follower:
@@ -267,9 +319,6 @@ class _Follower:
         self._after_update(num_updates)
         if self._scheduler is not None:
             self._scheduler.step_update(num_updates, metric)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._scheduler, name)
 
 
 class _ObservedLoss:
@@ -289,7 +338,7 @@ class _ObservedLoss:
 
 @contextmanager
 def _observed_evaluators(metrics: ClassificationMetrics):
-    """The evaluators of scripts since timm 1.0.30, while one of them is at work. It knows how many samples count."""
+    """The evaluators of scripts since timm 1.0.31, while one of them is at work. It knows how many samples count."""
     original = ClassificationEvaluator.update
 
     @functools.wraps(original)
@@ -316,10 +365,10 @@ def _wrapped(original: Callable, wrapper: Callable) -> Callable:
         try:
             return wrapper(original, bound)
         except UsageError as error:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"gd-plugin: error: {error}", file=sys.stderr)
+            say(error)
             raise SystemExit(2) from None
 
+    call.gd_original = original
     return call
 
 
@@ -341,35 +390,6 @@ def _smoothing(criterion: Any) -> float:
     )
 
 
-def _new_record(run: TimmRun, given: dict[str, Any]) -> dict[str, Any]:
-    args, loader, model = given["args"], given["loader"], given["model"]
-    folder = getattr(args, "data_dir", None) or getattr(args, "data", None) or ""
-    try:
-        samples = len(loader.dataset)
-    except (AttributeError, TypeError):  # a stream
-        samples = None
-    return {
-        "format": RECORD_FORMAT,
-        "name": Path(run._output_dir or "").name,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": run.command,
-        "config": {key: _plain(value) for key, value in sorted(vars(args).items())},
-        "gd": run.config.to_dict(),
-        "seed": args.seed,
-        **environment(),
-        "dataset": {
-            "name": publishable(args.dataset or Path(folder).name),
-            "train": samples,
-            "tested_on": args.val_split,
-        },
-        "model": {"name": f"timm:{args.model}", "parameters": sum(p.numel() for p in model.parameters())},
-        "epochs": [],
-        "log": [],
-        "final": {},
-        "reliability": None,
-    }
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -387,6 +407,3 @@ def _describe(schedule: GradientDecayConfig, total: int) -> str:
         return f"beta {schedule.beta}, constant"
     updates = schedule.warmup_ratio * total
     return f"beta {schedule.beta_start} to {schedule.beta}, {schedule.schedule} over {updates:g} of {total} updates"
-
-
-FIELDS = {field.name: field for field in dataclasses.fields(GradientDecayConfig)}

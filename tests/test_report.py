@@ -201,13 +201,14 @@ def test_a_folder_of_runs(report, run, tmp_path, drawn):
     assert drawn == [(["first"], a, "png"), (["second"], b, "png"), (["first", "second"], out, "png")]
 
 
-def test_runs_of_several_folders_are_drawn_where_the_command_is_given(report, run, tmp_path, drawn, monkeypatch):
+def test_runs_of_several_folders_need_an_output_folder(command, report, run, tmp_path, drawn):
     run("out/a", "first")
     run("out/b", "second")
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    assert list(rows(report(run("c", "third"), tmp_path / "out"))) == ["third", "first", "second"]
-    assert drawn[-1] == (["third", "first", "second"], Path(), "png")
+    runs = run("c", "third"), tmp_path / "out"
+    assert "--output_dir" in error(command("report", *runs))
+    assert not drawn
+    assert list(rows(report(*runs, "--output_dir", tmp_path))) == ["third", "first", "second"]
+    assert drawn[-1] == (["third", "first", "second"], tmp_path, "png")
 
 
 def test_a_run_that_is_named_twice_is_shown_once(report, run, tmp_path, drawn):

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 import gd_plugin
 from gd_plugin import GradientDecayConfig, GradientDecayLoss, beta_at, gradient_decay_cross_entropy
 from gd_plugin.timm import has_loss_factory, model_card, register, unregister
-from gd_plugin.timm_train import _new_record
+from gd_plugin.timm_train import TimmRun
 
 NAMES = ("create_classification_loss", "LOSS_TYPES")
 N, C = 6, 4
@@ -342,7 +342,7 @@ def test_timm_without_a_factory(monkeypatch):
         older.delattr(timm.loss, "create_classification_loss")
         before = bindings()
         assert not has_loss_factory()
-        with pytest.raises(RuntimeError, match=rf"^timm {timm.__version__} has no loss factory .* timm >= 1\.0\.30"):
+        with pytest.raises(RuntimeError, match=rf"^timm {timm.__version__} has no loss factory .* timm >= 1\.0\.31"):
             register()
         assert bindings().keys() == before.keys()
         assert all(value is before[key] for key, value in bindings().items())
@@ -470,7 +470,7 @@ RECORD = {
     "seed": 42,
     "python": "3.11.7",
     "platform": "Linux",
-    "versions": {"gd_plugin": "0.1.0", "torch": "2.9.0", "timm": "1.0.30"},
+    "versions": {"gd_plugin": "0.1.0", "torch": "2.9.0", "timm": "1.0.31"},
     "commit": "0123456789abcdef",
     "hardware": {"cpu": "A processor", "cpu_count": 2, "gpu": [], "gpu_count": 0, "torch_threads": 1},
     "dataset": {"name": "flowers", "train": 1020, "tested_on": "validation"},
@@ -482,6 +482,7 @@ RECORD = {
             "loss": 2.0 / e,
             "gd_beta": 5.0,
             "cross_entropy": 1.0 / e,
+            "eval_loss": 1.5 / e,
             "eval_accuracy": 0.4 * e,
         }
         for e in (1, 2)
@@ -515,9 +516,16 @@ def read_card(text) -> tuple[dict, str]:
 
 def test_the_record_is_like_those_of_a_training():
     args = Namespace(dataset="", data_dir="flowers", val_split="validation", model="test_efficientnet", seed=42)
-    loader = SimpleNamespace(dataset=[None] * 1020)
-    of_run = SimpleNamespace(_output_dir="out", command="", config=GradientDecayConfig(beta=5.0))
-    written = _new_record(of_run, {"args": args, "loader": loader, "model": torch.nn.Linear(2, 2)})
+    of_run = TimmRun(GradientDecayConfig(beta=5.0), "", str)
+    of_run._output_dir = "out"
+    given = {"args": args, "loader": SimpleNamespace(dataset=[None] * 1020), "model": torch.nn.Linear(2, 2)}
+    written = of_run._new_record(given)
+    assert written["dataset"]["train"] == 1020
+    of_a_stream = of_run._new_record(given | {"loader": SimpleNamespace(dataset=iter([]))})
+    assert of_a_stream == written | {
+        "created": of_a_stream["created"],
+        "dataset": {"name": "flowers", "train": None, "tested_on": "validation"},
+    }
     assert RECORD.keys() == written.keys() | {"wall_time_s"}
     for part in ("gd", "hardware", "dataset", "model"):
         assert RECORD[part].keys() == written[part].keys(), part
@@ -547,7 +555,7 @@ def test_the_card_says_how_the_model_was_trained(run):
         "  - accuracy: 0.8750",
         "  - ece: 0.0312",
         f"- **Command:** `{RECORD['command']}`",
-        "- **Versions:** gd_plugin 0.1.0, torch 2.9.0, timm 1.0.30",
+        "- **Versions:** gd_plugin 0.1.0, torch 2.9.0, timm 1.0.31",
         "- **Hardware:** A processor",
         "- **Commit of gd_plugin:** 0123456789abcdef",
     ):
@@ -634,3 +642,11 @@ def test_a_folder_without_a_record(tmp_path, run):
     (folder / "record.json").write_text("{")
     with pytest.raises(ValueError, match=r"record\.json: not JSON"):
         model_card(folder)
+
+
+def test_the_card_names_the_epoch_that_was_measured(run):
+    unmeasured = {"epoch": 3, "step": 66, "loss": 0.6, "gd_beta": 5.0, "cross_entropy": 0.3}
+    averaged = RECORD["config"] | {"model_ema": True}
+    details = model_card(run(epochs=[*RECORD["epochs"], unmeasured], config=averaged))["details"]
+    assert "Results on the validation split after epoch 2 (n = 1 run, averaged weights)" in details
+    assert "Results on the validation split after epoch 2 (n = 1 run)" in model_card(run())["details"]

@@ -37,6 +37,7 @@ import gd_plugin.timm
 from gd_plugin.config import GradientDecayConfig
 from gd_plugin.metrics import METRICS
 from gd_plugin.record import read_record
+from gd_plugin.timm_train import _TrainingLoss
 
 both = pytest.mark.parametrize("script", SCRIPTS)
 new = pytest.mark.parametrize("script", SCRIPTS.keys() & {"new"})
@@ -201,6 +202,44 @@ def test_a_resumed_run_goes_on_with_its_betas(script, name, run, whole, stopped,
         assert record["epochs"][:complete] == uninterrupted["epochs"][:complete]
 
 
+@both
+def test_a_resumed_record_keeps_what_was_measured(script, run, shared, tmp_path):
+    before, folder = shared(script, LONG, "--epochs 3 --recovery-interval 3"), tmp_path / "run"
+    shutil.copytree(before.folder, folder)
+    record = before.record | {"wall_time_s": 1000.0, "created": "2026-01-01T00:00:00+00:00"}
+    (folder / "record.json").write_text(json.dumps(record))
+    between = []
+
+    def look(calls):  # in the first update of the third epoch, and of the fourth, before its validation
+        between.append(read_record(folder / "record.json"))
+
+    words = f"--epochs 4 --resume {folder}/checkpoint-1.pth.tar"
+    resumed = run(script, LONG, words, folder=folder, then=look).record
+    assert [entry["epoch"] for entry in resumed["epochs"]] == [1, 2, 3, 4]
+    assert resumed["created"] == record["created"] and resumed["wall_time_s"] >= 1000
+    assert all(seen["final"] and seen["reliability"] for seen in between)
+
+
+@both
+@pytest.mark.parametrize("part", ["log", "wall_time_s", "all"])
+def test_an_unreadable_record_is_set_aside(script, part, run, shared, tmp_path, caplog):
+    before, folder = shared(script, LONG, "--epochs 3 --recovery-interval 3"), tmp_path / "run"
+    shutil.copytree(before.folder, folder)
+    text = "{" if part == "all" else json.dumps({key: value for key, value in before.record.items() if key != part})
+    (folder / "record.json").write_text(text)
+    resumed = run(script, LONG, f"--epochs 3 --resume {folder}/checkpoint-1.pth.tar", folder=folder)
+    assert [entry["epoch"] for entry in resumed.record["epochs"]][-1] == 3
+    assert (folder / "record.unreadable.json").read_text() == text
+
+
+@both
+def test_a_record_that_cannot_be_written_ends_no_training(script, run, tmp_path):
+    (tmp_path / "run" / "record.json" / "in the way").mkdir(parents=True)
+    done = run(script, FIVE, folder=tmp_path / "run")
+    assert len(done.summary) == 2 and "train_gd_beta" in done.summary[0]
+    assert "the record could not be written" in done.err
+
+
 # What is trained ------------------------------------------------------------------------------------------------------
 
 TARGETS = {"plain": "", "smoothing": "--smoothing 0.1", "mixup": "--smoothing 0.1 --mixup 0.8"}
@@ -327,6 +366,44 @@ def test_a_compiled_model(script, run, shared):
     assert done.betas == eager.betas
     assert done.column("train_loss") == pytest.approx(eager.column("train_loss"), rel=1e-6)
     assert done.column("train_loss") != pytest.approx(shared(script, FIVE).column("train_loss"), rel=1e-3)
+
+
+class WithNumbers(_TrainingLoss):
+    """The control: sums that are Python numbers."""
+
+    number = 0.0
+
+    def forward(self, input, target):
+        self.number += 1.0
+        return super().forward(input, target) * (self.number / self.number)
+
+
+@pytest.mark.parametrize(("kind", "compiled_once"), [(_TrainingLoss, True), (WithNumbers, False)])
+def test_a_task_that_is_compiled_with_its_loss(kind, compiled_once):
+    """As the scripts of timm 1.0.23 to 1.0.26 compile it."""
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    model, loss = torch.nn.Linear(4, 3), kind(LINEAR, 0.0)
+    step = torch.compile(lambda input, target: loss(model(input), target), backend=counter)
+    frames = []
+    for update in range(12):
+        loss.set_beta(0.1 + update)
+        step(torch.randn(8, 4), torch.randint(3, (8,))).backward()
+        frames.append(counter.frame_count)
+    assert (frames[1] == frames[-1]) is compiled_once
+    torch.compiler.reset()
+
+
+def test_cross_entropy_is_the_mean_over_samples_of_unequal_batches():
+    loss = _TrainingLoss(FIVE, 0.0)
+    logits, target = torch.randn(8, CLASSES), torch.randint(CLASSES, (8,))
+    for rows in (slice(0, 3), slice(3, 8)):
+        loss(logits[rows], target[rows])
+    expected = F.cross_entropy(logits, target).item()
+    assert loss.pop_cross_entropy(distributed=False) == pytest.approx(expected, rel=1e-6)
+    of_batches = sum(F.cross_entropy(logits[rows], target[rows]).item() for rows in (slice(0, 3), slice(3, 8))) / 2
+    assert of_batches != pytest.approx(expected, rel=1e-3)
+    assert math.isnan(loss.pop_cross_entropy(distributed=False))
 
 
 @pytest.fixture(scope="session")
@@ -596,7 +673,7 @@ def test_bad_loss_in_a_configuration_file(refused, tmp_path):
 
 
 def test_misspelt_loss_in_a_configuration_file(refused, tmp_path):
-    """Of the values of a file argparse does not check that they are choices, and --loss is ours before timm 1.0.30."""
+    """Of the values of a file argparse does not check that they are choices, and --loss is ours before timm 1.0.31."""
     (tmp_path / "config.yaml").write_text("loss: gdd")
     assert "gdd" in refused("old", f"--config {tmp_path / 'config.yaml'}")[0]
 
@@ -621,6 +698,47 @@ def test_exit_code_is_that_of_the_script(end, code, err, command, tmp_path):
     path.write_text(SOURCE.replace("    utils.setup_default_logging()", f"    raise SystemExit({end})"))
     done = command("timm", path, "--loss", "gd", "--gd-beta", "5")
     assert (done.code, done.err) == (code, err)
+
+
+def test_a_validation_that_shows_no_logits(run, tmp_path):
+    path = tmp_path / "train.py"
+    path.write_text(SOURCE.replace("measured = [loss_fn(output, target)]", "measured = [output.sum()]"))
+    done = run(path, FIVE)
+    assert "showed no logits" in done.err
+    assert done.record["reliability"] is None and "eval_ece" not in done.summary[0]
+
+
+@both
+def test_more_in_a_batch_than_there_is(script, refused):
+    error, _ = refused(script, "--loss gd --gd-beta 5 --batch-size 65")
+    assert "--batch-size 65" in error
+
+
+@both
+def test_two_trainings_in_one_script(script, run, tmp_path):
+    """The second without the loss."""
+    source = SCRIPTS[script].read_text()
+    end = 'if __name__ == "__main__":'
+    assert end in source
+    twice = source.replace("def main():", "def once():").replace(end, TWICE + end)
+    (tmp_path / "train.py").write_text(twice)
+    done = run(tmp_path / "train.py", FIVE)
+    assert len(done.calls) == 8
+    assert "train_gd_beta" in done.summary[0]
+    assert "train_gd_beta" not in read_summary(done.folder.parent / "second")[0]
+
+
+TWICE = """
+def main():
+    import sys
+
+    once()
+    gd = sys.argv.index("--loss")
+    sys.argv[gd:] = ["--experiment", "second"]
+    once()
+
+
+"""
 
 
 # Nothing stays changed (`launch` compares before and after every run) -------------------------------------------------
@@ -656,7 +774,7 @@ def test_an_exception_in_validation_leaves_nothing(script, command, digits, tmp_
 
 # Two processes --------------------------------------------------------------------------------------------------------
 
-# Samplers before timm 1.0.30 cannot be asked which images they have repeated, and repeat none of fewer than 256.
+# Samplers before timm 1.0.31 cannot be asked which images they have repeated, and repeat none of fewer than 256.
 NEW_SAMPLERS = hasattr(OrderedDistributedSampler, "num_valid_samples")
 CURVE = GradientDecayConfig(beta=5.0, beta_start=0.1, warmup_epochs=2)
 

@@ -26,7 +26,7 @@ from gd_plugin.schedule import beta_at
 from gd_plugin.timm import has_loss_factory
 from gd_plugin.timm_train import FIELDS, _TrainingLoss
 
-# The new one needs timm >= 1.0.30, the old one runs with all that are supported.
+# The new one needs timm >= 1.0.31, the old one runs with all that are supported.
 SCRIPTS = {
     name: Path(__file__).parent / "timm_scripts" / name / "train.py"
     for name in ("new", "old")
@@ -128,7 +128,7 @@ def expected_betas(config: GradientDecayConfig, epochs: float, micro_batches: li
 
 
 def read_summary(folder: Path) -> list[dict[str, float]]:
-    """The rows of a summary.csv. Scripts before timm 1.0.30 repeat the header when they resume."""
+    """The rows of a summary.csv. Scripts before timm 1.0.31 repeat the header when they resume."""
     with open(folder / "summary.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["epoch"] != "epoch"]
     return [{name: float(value) if value else math.nan for name, value in row.items()} for row in rows]

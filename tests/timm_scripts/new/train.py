@@ -1,4 +1,4 @@
-"""A small train.py in the shape of timm's since 1.0.30: a task has the criterion, an evaluator the validation metrics.
+"""A small train.py in the shape of timm's since 1.0.31: a task has the criterion, an evaluator the validation metrics.
 
 timm's own script is in no wheel. This one has its names, its order of steps and its arithmetic of updates, and of its
 options those that the tests of `gd-plugin timm` use.
