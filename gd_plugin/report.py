@@ -62,6 +62,15 @@ def main(argv: list[str]) -> int:
         output_dir.mkdir(parents=True, exist_ok=True)
         draw(records, output_dir, console, options.format)
     print_table(console, records)
+    for folder in folders:
+        settings, record = folder / "args.yaml", folder / "record.json"
+        if settings.is_file() and settings.stat().st_mtime > record.stat().st_mtime:
+            console.print(
+                f"{folder}: args.yaml is newer than record.json, so this is the record of an earlier run in the same "
+                "folder, or a run has just begun",
+                soft_wrap=True,
+                markup=False,
+            )
     console.print(f"Pictures (curves, reliability): {output_dir or folders[0]}/", soft_wrap=True, markup=False)
     return 0
 
@@ -73,6 +82,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _folders(run: Path) -> list[Path]:
     """The folder itself where it holds a record, or those in it that do."""
+    if run.name == "record.json":
+        run = run.parent
     if (run / "record.json").is_file():
         return [run]
     folders = sorted(path.parent for path in run.glob("*/record.json"))
@@ -107,12 +118,20 @@ def print_table(console: Console, records: list[dict]) -> None:
     )
     for title, *_ in columns:
         table.add_column(title, justify="right")
+    table.add_column("epochs", justify="right")
     table.add_column("seconds", justify="right")
     for record in records:
         cells = [_cell(record["final"], key, scale, text) for _, key, scale, text in columns]
-        table.add_row(escape(record["name"]), *cells, f"{record['wall_time_s']:.0f}")
+        table.add_row(escape(record["name"]), *cells, _epochs(record), f"{record['wall_time_s']:.0f}")
     console.print(table)
     console.print("gap: confidence minus accuracy, positive is overconfident. One seed: differences may be chance.")
+
+
+def _epochs(record: dict) -> str:
+    """How many epochs, and of how many where the run was ended before."""
+    done = record["epochs"][-1]["epoch"] if record["epochs"] else 0
+    planned = record["config"].get("num_train_epochs", record["config"].get("epochs"))
+    return f"{done:.3g}/{planned:.3g}" if isinstance(planned, (int, float)) and done < planned else f"{done:.3g}"
 
 
 def _cell(final: dict, key: str, scale: float, text: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import os
 import shlex
 import sys
 import types
@@ -53,7 +54,7 @@ def launch(argv: list[str]) -> int:
     source = _read(path)
     with _script(path, source, words) as script:
         _add_arguments(script.parser)
-        script._parse_args = _parsing(script, f"gd-plugin timm {shlex.join(publishable_words(argv))}")
+        script._parse_args = _parsing(script, f"{_program()} {shlex.join(publishable_words(argv))}")
         try:
             script.main()
         except SystemExit as end:
@@ -62,6 +63,11 @@ def launch(argv: list[str]) -> int:
             print(end.code, file=sys.stderr)  # as Python does
             return 1
     return 0
+
+
+def _program() -> str:
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return "gd-plugin timm" if processes == "1" else f"torchrun --nproc-per-node {processes} -m gd_plugin.timm"
 
 
 def is_active() -> bool:
@@ -170,6 +176,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, field in FIELDS.items():
         group.add_argument(
             _flag(name),
+            f"--gd_{name}",  # as in YAML, and as the flags of the Trainer are written
+            dest=f"gd_{name}",
             type=lambda text, name=name: value_of(name, text, _flag(name)),
             metavar=metavars.get(name, "N"),
             help=field.metadata["help"] + (" Needs --loss gd." if name == "beta" else ""),
@@ -182,7 +190,13 @@ def _parsing(script: types.ModuleType, command: str):
 
     def parse_args(*args, **kwargs):
         # Before the script's own checks, which may refuse a pair of losses with a page of usage.
-        known, _ = script.parser.parse_known_args(sys.argv[1:])
+        known, unknown = script.parser.parse_known_args(sys.argv[1:])
+        for word in unknown:
+            if word.startswith("--gd"):
+                near = difflib.get_close_matches(word.partition("=")[0].replace("_", "-"), map(_flag, FIELDS), n=1)
+                raise UsageError(
+                    f"{word} is no flag; did you mean {near[0] if near else ', '.join(map(_flag, FIELDS))}?"
+                )
         if getattr(known, "loss", None) == LOSS_TYPE:
             refuse(known)
         parsed = original(*args, **kwargs)
@@ -211,6 +225,9 @@ def _config(args: argparse.Namespace, losses: Sequence[str] | None) -> GradientD
         if values:
             raise UsageError(f"{_flag(next(iter(values)))} is set, but the loss is not gd; add --loss gd")
         return None
+    variables = [f"GD_{name.upper()}" for name in FIELDS if f"GD_{name.upper()}" in os.environ]
+    if variables:
+        raise UsageError(f"{variables[0]} is set, which gd-plugin timm does not read: use flags and unset it")
     if "beta" not in values:
         raise UsageError("--loss gd needs a beta: add --gd-beta (for example 5; 1 is cross-entropy)")
     try:

@@ -143,6 +143,7 @@ class TimmRun:
 
         log = self._record["log"]
         first = epoch * updates_per_epoch
+        every = min(args.log_interval, max(1, self._total // 200))  # when timm logs, and enough for a curve
         self._set_beta(first)
         used = self._beta
 
@@ -150,7 +151,7 @@ class TimmRun:
             nonlocal used
             used = self._beta
             done = num_updates - first
-            if (done - 1) % args.log_interval == 0 or done == updates_per_epoch:  # when timm logs
+            if (done - 1) % every == 0 or done == updates_per_epoch:
                 log.append({"epoch": num_updates / updates_per_epoch, "step": num_updates, "gd_beta": _number(used)})
             self._set_beta(num_updates)
 
@@ -182,8 +183,12 @@ class TimmRun:
         self._record = {"epochs": [], "log": []}
         if self._output_dir is not None:
             self._record |= self._new_record(given)
-            _logger.info(f"Gradient-decay loss: {_describe(self._schedule, self._total)}")
-            self._continue_record(given["epoch"], updates_per_epoch)
+            first = given["epoch"] * updates_per_epoch
+            _logger.info(
+                f"Gradient-decay loss in place of {type(criterion).__name__}, label smoothing {smoothing:g}: "
+                f"{_describe(self._schedule, self._total)}, from update {first}"
+            )
+            self._continue_record(given["epoch"], first)
 
     def _set_beta(self, num_updates: int) -> None:
         beta = beta_at(self._schedule, num_updates / self._total)
@@ -247,14 +252,14 @@ class TimmRun:
             "reliability": None,
         }
 
-    def _continue_record(self, epoch: int, updates_per_epoch: int) -> None:
+    def _continue_record(self, epoch: int, first_update: int) -> None:
         """Of a run that is resumed in its own folder, what came before the epoch where it goes on."""
         path = Path(self._output_dir) / "record.json"
         if not epoch or not path.exists():
             return
         try:
             before = read_record(path)
-            for part, key, last in (("epochs", "epoch", epoch), ("log", "step", epoch * updates_per_epoch)):
+            for part, key, last in (("epochs", "epoch", epoch), ("log", "step", first_update)):
                 self._record[part] += [entry for entry in before[part] if entry[key] <= last]
             self._record |= {key: before[key] for key in ("created", "final", "reliability")}
             self._started -= before["wall_time_s"]

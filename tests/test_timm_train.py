@@ -474,13 +474,6 @@ def test_record(script, shared, digits):
 
 
 @both
-def test_log_follows_the_interval_of_timm(script, shared):
-    assert [entry["step"] for entry in shared(script, *COURSES["incomplete batches"][:2]).record["log"]] == [
-        *(1, 5, 6, 7, 11, 12, 13, 17, 18)
-    ]
-
-
-@both
 def test_arguments_are_saved_with_those_of_timm(script, shared):
     saved = yaml.safe_load((shared(script, LINEAR).folder / "args.yaml").read_text())
     assert {name: saved[name] for name in saved if name == "loss" or name.startswith("gd_")} == {
@@ -880,3 +873,29 @@ def test_torchrun_runs_the_module(two):
     assert runs[0] == runs[1] != runs[2]
     epochs = [read_record(two / name / "record.json")["epochs"] for name in ("module", "old")]
     assert epochs[0] == epochs[1]
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [("--gd-betta", "--gd-beta"), ("--gd-warmup_epoch=3", "--gd-warmup-epochs"), ("--gdx", "--gd-schedule")],
+)
+def test_a_misspelt_flag(word, near, refused):
+    error, _ = refused("old", f"--loss gd --gd-beta 5 {word}")
+    assert word in error and near in error
+
+
+@both
+def test_flags_with_underscores(script, shared):
+    done = shared(script, None, "--loss gd --gd_beta 5 --gd_beta_start 0.01 --gd_warmup_epochs 1.5")
+    assert done.betas == shared(script, LINEAR).betas
+
+
+def test_variables_of_the_hook_are_not_ignored(refused, monkeypatch):
+    monkeypatch.setenv("GD_BETA", "3")
+    error, _ = refused("old", "--loss gd --gd-beta 5")
+    assert "GD_BETA is set" in error
+
+
+def test_the_beta_of_a_warm_up_is_logged_closely_enough_to_be_drawn(run):
+    log = run("old", LINEAR, "--log-interval 1000").record["log"]
+    assert [entry["step"] for entry in log] == list(range(1, 9))
