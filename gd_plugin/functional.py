@@ -23,6 +23,8 @@ from torch import Tensor
 
 __all__ = ["gradient_decay_cross_entropy"]
 
+_BLOCK = 2**17  # logits on a CPU that are worked on at once: 512 KiB in fp32
+
 
 def gradient_decay_cross_entropy(
     input: Tensor,
@@ -85,7 +87,9 @@ def gradient_decay_cross_entropy(
     dtype = _compute_dtype(input)
     if soft:
         dtype = torch.promote_types(dtype, target.dtype)
-        loss, cross_entropy = _from_probabilities(input, target, log_beta, weight, label_smoothing, dim)
+        loss, cross_entropy = _from_probabilities(
+            input, target, log_beta, weight, label_smoothing, dim, return_cross_entropy
+        )
         divisor = present = torch.ones_like(loss)
     else:
         if input.dim() == 1:
@@ -93,31 +97,31 @@ def gradient_decay_cross_entropy(
         target = target.long()  # before the comparison: in uint8, -100 is class 156
         ignored = target == ignore_index
         index = target.masked_fill(ignored, 0)
-        loss, cross_entropy = _from_indices(input, index, log_beta, weight, label_smoothing, dim)
+        loss, cross_entropy = _from_indices(input, index, log_beta, weight, label_smoothing, dim, return_cross_entropy)
         # Masked last, so that neither an infinite loss nor a 0 / 0 mean reaches the gradient of an ignored row.
-        loss, cross_entropy = loss.masked_fill(ignored, 0.0), cross_entropy.masked_fill(ignored, 0.0)
-        present = (~ignored).to(loss.dtype)
-        divisor = present if weight is None else _of_class(weight, index).to(loss.dtype).masked_fill(ignored, 0.0)
+        loss = loss.masked_fill(ignored, 0.0)
+        cross_entropy = cross_entropy.masked_fill(ignored, 0.0) if return_cross_entropy else None
+        divisor = present = ~ignored
+        if weight is not None:
+            divisor = _of_class(weight, index).to(loss.dtype).masked_fill(ignored, 0.0)
 
     loss = _reduce(loss, reduction, divisor).to(dtype)
-    if not return_cross_entropy:
-        return loss
-    return loss, _reduce(cross_entropy.detach(), reduction, present).to(dtype)
+    return (loss, _reduce(cross_entropy, reduction, present).to(dtype)) if return_cross_entropy else loss
 
 
-def _from_indices(logits, index, log_beta, weight, label_smoothing, dim):
-    """Per-sample (loss, plain cross-entropy) for class indices in [0, C)."""
+def _from_indices(logits, index, log_beta, weight, label_smoothing, dim, return_cross_entropy):
+    """Per-sample (loss, plain cross-entropy, detached, if asked for) for class indices in [0, C)."""
     if label_smoothing > 0:
         onehot = torch.zeros_like(logits, dtype=_compute_dtype(logits)).scatter(dim, index.unsqueeze(dim), 1.0)
-        return _from_probabilities(logits, onehot, log_beta, weight, label_smoothing, dim)
+        return _from_probabilities(logits, onehot, log_beta, weight, label_smoothing, dim, return_cross_entropy)
     gap = target_gap(logits, index, dim)
     loss = _log_add(gap, _of_class(log_beta, index))
     if weight is not None:
         loss = loss * _of_class(weight, index)
-    return loss, F.softplus(gap.detach(), threshold=40)
+    return loss, F.softplus(gap.detach(), threshold=40) if return_cross_entropy else None
 
 
-def _from_probabilities(logits, target, log_beta, weight, label_smoothing, dim):
+def _from_probabilities(logits, target, log_beta, weight, label_smoothing, dim, return_cross_entropy):
     """As `_from_indices`, for class probabilities: sum_k q_k J_k.
 
     With ``gap_k = log(1 - p_k) - log p_k``, exact while p_k <= 1/2. Only the largest logit can be above that: that one
@@ -128,7 +132,7 @@ def _from_probabilities(logits, target, log_beta, weight, label_smoothing, dim):
     per_class = [1] * logits.dim()
     per_class[dim] = -1
     log_p = F.log_softmax(logits, dim)
-    cross_entropy = -_weighted_sum(target, log_p.detach(), dim)
+    cross_entropy = -_weighted_sum(target, log_p.detach(), dim) if return_cross_entropy else None
     if label_smoothing > 0:
         target = target * (1 - label_smoothing) + label_smoothing / logits.shape[dim]
     if weight is not None:
@@ -146,41 +150,61 @@ def _from_probabilities(logits, target, log_beta, weight, label_smoothing, dim):
 
 
 class _TargetGap(torch.autograd.Function):
-    """``logsumexp_{i != c} z_i - z_c`` per sample; see `target_gap`. The twin that it must equal is `_exps_of_others`.
+    """``logsumexp_{i != c} z_i - z_c`` per sample; see `target_gap`.
 
-    The gradient with respect to the logits is ``softmax_{i != c}(z) - onehot_c``: the exponentials of the forward are
-    kept and scaled once in the backward. Asked for a graph of the gradient (double backward, `torch.func`), the
-    backward repeats them as ordinary differentiable operations.
+    The gradient with respect to the logits is ``softmax_{i != c}(z) - onehot_c``: the softmax of the forward is kept
+    and scaled in the backward. Asked for a graph of the gradient (double backward, `torch.func`), the backward computes
+    it again, differentiably.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(logits: Tensor, target: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        exps, top = _exps_of_others(logits, target, dim)
-        total = exps.sum(dim)
+        if _in_blocks(logits, dim):
+            top, largest, total, shares = _others_in_blocks(logits, target)
+        else:
+            others = _others(logits, target, dim)
+            shares = others.softmax(dim)
+            top, largest, total = others.amax(dim), shares.amax(dim), shares.sum(dim)
         rows = _row_dtype(logits.device)
-        ahead = top.squeeze(dim).to(rows) - logits.gather(dim, target.unsqueeze(dim)).squeeze(dim).to(rows)
-        return ahead + total.to(rows).log(), exps, total
+        # The largest share is exp(0) / (the sum of all exp(z_i - top), as the softmax has it). Where that sum lacks
+        # digits, over a vocabulary in fp32, the shares do not add up to 1: by just that factor.
+        ahead = top.to(rows) - logits.gather(dim, target.unsqueeze(dim)).squeeze(dim).to(rows)
+        return ahead + (total / largest).to(rows).log(), shares, total
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         logits, target, ctx.dim = inputs
-        _, exps, total = output
-        ctx.mark_non_differentiable(exps, total)
-        ctx.save_for_backward(logits, target, exps, total)
+        _, shares, total = output
+        ctx.mark_non_differentiable(shares, total)
+        ctx.set_materialize_grads(False)  # or the backward would be handed zeros for all of the shares
+        ctx.save_for_backward(logits, target, shares, total)
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_) -> tuple[Tensor, None, None]:
-        logits, target, exps, total = ctx.saved_tensors
+    def backward(ctx, grad: Tensor | None, *_) -> tuple[Tensor | None, None, None]:
+        if grad is None:
+            return None, None, None
+        logits, target, shares, total = ctx.saved_tensors
         if torch.is_grad_enabled():
-            exps, _ = _exps_of_others(logits, target, ctx.dim)
-            total = exps.sum(ctx.dim)
-        # The largest exponential is exactly 1, so a total below 1 is that of a row with no other class: 0 / 0 there.
-        scale = (grad / total.clamp_min(1.0)).to(exps.dtype)
-        grad_logits = exps * scale.unsqueeze(ctx.dim)
-        grad_logits = grad_logits.scatter_(ctx.dim, target.unsqueeze(ctx.dim), -grad.unsqueeze(ctx.dim).to(exps.dtype))
+            shares = _others(logits, target, ctx.dim).softmax(ctx.dim)
+            total = shares.sum(ctx.dim)
+        scale = (grad / total).to(shares.dtype).unsqueeze(ctx.dim)
+        minus_grad = -grad.to(shares.dtype).unsqueeze(ctx.dim)
+        grad_logits = (shares * scale).scatter_(ctx.dim, target.unsqueeze(ctx.dim), minus_grad)
         return grad_logits.to(logits.dtype), None, None
+
+
+class _EagerTargetGap(torch.autograd.Function):
+    """`_TargetGap` without what `torch.func` and the compiler need, which would double the time of a small batch."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, target: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        output = _TargetGap.forward(logits, target, dim)
+        _TargetGap.setup_context(ctx, (logits, target, dim), output)
+        return output
+
+    backward = _TargetGap.backward
 
 
 def target_gap(logits: Tensor, target: Tensor, dim: int = 1) -> Tensor:
@@ -192,19 +216,52 @@ def target_gap(logits: Tensor, target: Tensor, dim: int = 1) -> Tensor:
 
     Returns:
         The shape of ``target``, in fp64 (fp32 on devices without it). ``sigmoid(-gap)`` is the target's probability.
-        -inf where no other class has a finite logit, +inf where the target's logit is -inf.
+        About the lowest fp32 number where no other class has a finite logit, +inf where the target's logit is -inf.
     """
-    return _TargetGap.apply(logits, target, dim)[0]
+    return (_EagerTargetGap if _is_eager() else _TargetGap).apply(logits, target, dim)[0]
 
 
-def _exps_of_others(logits: Tensor, target: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """exp(z_i - max_{j != c} z_j), zero at the target, and that maximum (dimension kept), in at least fp32."""
-    others = logits.to(_compute_dtype(logits)).scatter(dim, target.unsqueeze(dim), -math.inf)
-    # A finite stand-in where every other class is -inf: their exponentials are then 0 instead of NaN.
-    top = others.detach().amax(dim, keepdim=True).clamp_min(torch.finfo(others.dtype).min)
-    if torch.is_grad_enabled():
-        return (others - top).exp(), top
-    return others.sub_(top).exp_(), top
+def _is_eager() -> bool:
+    """Neither traced by the compiler nor transformed by `torch.func`."""
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
+def _others(logits: Tensor, target: Tensor, dim: int) -> Tensor:
+    """The logits in at least fp32, out of the running at the target: by the lowest finite number, since a row without
+    any finite logit has no softmax."""
+    dtype = _compute_dtype(logits)
+    return logits.to(dtype).scatter(dim, target.unsqueeze(dim), torch.finfo(dtype).min)
+
+
+def _in_blocks(logits: Tensor, dim: int) -> bool:
+    """Whether there are so many logits on a CPU that blocks which stay in its cache pay: measured from two blocks on.
+
+    Not while a graph is traced, which would repeat the block, nor under `torch.func`, where a block cannot be filled.
+    """
+    return (
+        logits.device.type == "cpu" and logits.dim() == 2 and dim == 1 and logits.numel() > 2 * _BLOCK and _is_eager()
+    )
+
+
+def _others_in_blocks(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of `_others`, block of rows by block: the largest logit, the largest share, the sum of the shares, the shares.
+
+    The logits are read once, and nothing of their size is allocated but the shares.
+    """
+    count, num_classes = logits.shape
+    rows = max(1, _BLOCK // num_classes)
+    shares = torch.empty(logits.shape, dtype=_compute_dtype(logits))
+    block = torch.empty(min(rows, count), num_classes, dtype=shares.dtype)
+    per_row = torch.empty(3, count, dtype=shares.dtype)
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
+        others = block[: min(rows, count - start)].copy_(logits[part])
+        others.scatter_(1, target[part].unsqueeze(1), torch.finfo(shares.dtype).min)
+        share = torch.softmax(others, 1, out=shares[part])
+        torch.amax(others, 1, out=per_row[0, part])
+        torch.amax(share, 1, out=per_row[1, part])
+        torch.sum(share, 1, out=per_row[2, part])
+    return *per_row, shares
 
 
 def _log_add(gap: Tensor, log_beta: Tensor) -> Tensor:

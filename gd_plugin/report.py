@@ -118,11 +118,15 @@ def print_table(console: Console, records: list[dict]) -> None:
     )
     for title, *_ in columns:
         table.add_column(title, justify="right")
-    table.add_column("epochs", justify="right")
+    epochs = [_epochs(record) for record in records]
+    if any("/" in text for text in epochs):  # a run was ended before
+        table.add_column("epochs", justify="right")
+    else:
+        epochs = [""] * len(records)
     table.add_column("seconds", justify="right")
-    for record in records:
+    for record, done in zip(records, epochs, strict=True):
         cells = [_cell(record["final"], key, scale, text) for _, key, scale, text in columns]
-        table.add_row(escape(record["name"]), *cells, _epochs(record), f"{record['wall_time_s']:.0f}")
+        table.add_row(escape(record["name"]), *cells, *filter(None, [done]), f"{record['wall_time_s']:.0f}")
     console.print(table)
     console.print("gap: confidence minus accuracy, positive is overconfident. One seed: differences may be chance.")
 

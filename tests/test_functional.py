@@ -15,7 +15,7 @@ from reference import exact, reference, relative_error
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 
-from gd_plugin import gradient_decay_cross_entropy
+from gd_plugin import functional, gradient_decay_cross_entropy
 
 NUM_CLASSES = 5
 SHAPES = [(5,), (6, 5), (4, 5, 3), (2, 5, 3, 2)]
@@ -794,3 +794,56 @@ def test_empty_batches(shape, reduction, soft):
         assert a.shape == b.shape
         torch.testing.assert_close(a, b, equal_nan=True)
     assert got[0].isnan().any() == (reduction == "mean")
+
+
+# Blocks of rows, on a CPU ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(52, 123), (131, 37), (3, 507), (4, 252), (300, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_blocks_of_rows(shape, dtype, monkeypatch):
+    """What many logits are worked on in, on few: with blocks of a part of a row, of rows, and a last one cut short."""
+    blocks = []
+    original = functional._others_in_blocks
+    monkeypatch.setattr(functional, "_others_in_blocks", lambda *args: blocks.append(args) or original(*args))
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(shape[::-1], generator=generator)).to(dtype).t()  # not contiguous
+    logits[0, 1:] = -math.inf
+    target = torch.randint(shape[1], shape[:1], generator=generator)
+    target[0], target[1] = 0, -100
+    for block in (100, 300, 10**6):
+        monkeypatch.setattr(functional, "_BLOCK", block)
+        in_blocks = len(blocks) + (logits.numel() > 2 * block)
+        input = logits.clone().requires_grad_()
+        loss = gradient_decay_cross_entropy(input, target, 0.1, reduction="none")
+        loss.sum().backward()
+        assert len(blocks) == in_blocks
+        exact_input = logits.clone().double().requires_grad_()
+        expected = reference(exact_input, target, 0.1, reduction="none")
+        expected[2:].sum().backward()  # the first row has the one class: its gradient is 0, the reference's 0 / 0
+        bar = 1e-6 if dtype in (torch.float32, torch.float64) else 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(loss.double()[1:], expected[1:], rtol=1e-6, atol=1e-6)
+        assert loss[0].item() == pytest.approx(math.log(0.1), rel=1e-6)
+        torch.testing.assert_close(input.grad.double()[2:], exact_input.grad[2:], rtol=bar, atol=bar)
+        assert input.grad[0].tolist() == [0] * shape[1] == input.grad[1].tolist()
+    other = gradient_decay_cross_entropy(logits, target, 0.2, reduction="none")
+    assert (other - loss.detach()).abs().max() > 1e-3
+
+
+def test_the_logits_are_not_changed_and_a_graph_can_be_used_twice(monkeypatch):
+    monkeypatch.setattr(functional, "_BLOCK", 16)
+    input = torch.randn(9, 7, requires_grad=True)
+    before = input.detach().clone()
+    loss = gradient_decay_cross_entropy(input, torch.arange(9) % 7, 0.1)
+    first = torch.autograd.grad(loss, input, retain_graph=True)[0].clone()
+    second = torch.autograd.grad(loss, input, 3 * torch.ones(()), retain_graph=True)[0]
+    assert torch.equal(input.detach(), before)
+    torch.testing.assert_close(second, 3 * first)
+    (doubled,) = torch.autograd.grad(torch.autograd.grad(loss, input, create_graph=True)[0].square().sum(), input)
+    exact_input = before.double().requires_grad_()
+    expected = reference(exact_input, torch.arange(9) % 7, 0.1)
+    gradient = torch.autograd.grad(expected, exact_input, create_graph=True)[0]
+    torch.testing.assert_close(
+        doubled.double(), torch.autograd.grad(gradient.square().sum(), exact_input)[0], rtol=1e-5, atol=1e-7
+    )
+    assert doubled.abs().max() > 1e-4
