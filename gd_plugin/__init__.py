@@ -2,9 +2,17 @@
 
 from .config import GradientDecayConfig
 from .functional import gradient_decay_cross_entropy
+from .linear import linear_gradient_decay_cross_entropy
 from .loss import GradientDecayLoss
 from .schedule import beta_at
 
 __version__ = "0.1.0"
 
-__all__ = ["GradientDecayConfig", "GradientDecayLoss", "__version__", "beta_at", "gradient_decay_cross_entropy"]
+__all__ = [
+    "GradientDecayConfig",
+    "GradientDecayLoss",
+    "__version__",
+    "beta_at",
+    "gradient_decay_cross_entropy",
+    "linear_gradient_decay_cross_entropy",
+]

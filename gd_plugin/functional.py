@@ -23,7 +23,7 @@ from torch import Tensor
 
 __all__ = ["gradient_decay_cross_entropy"]
 
-_BLOCK = 2**17  # logits on a CPU that are worked on at once: 512 KiB in fp32
+_BLOCK = 2**18  # logits on a CPU that are worked on at once: 1 MiB in fp32
 
 
 def gradient_decay_cross_entropy(
@@ -262,6 +262,51 @@ def _others_in_blocks(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, T
         torch.amax(share, 1, out=per_row[1, part])
         torch.sum(share, 1, out=per_row[2, part])
     return *per_row, shares
+
+
+def gradient_in_place(
+    logits: Tensor, target: Tensor, beta: float | Tensor, weight: Tensor | None, ignore_index: int
+) -> Tensor:
+    """The per-sample loss of logits that are needed no longer: they become its gradient. No graph is made.
+
+    Args:
+        logits: shape (N, C), contiguous, fp32 or fp64.
+        target: class indices, shape (N), any integer dtype.
+        beta, weight, ignore_index: as in `gradient_decay_cross_entropy`.
+
+    Returns:
+        Shape (N), in fp64 (fp32 on devices without it).
+
+    Raises:
+        ValueError, RuntimeError: as `gradient_decay_cross_entropy`.
+    """
+    _check(logits, target, beta, weight, ignore_index, "none", 0.0, 1, False)
+    target = target.long()
+    ignored = target == ignore_index
+    index = target.masked_fill(ignored, 0)
+    log_beta = _of_class(_log_beta(beta, logits.device), index)
+    scale = torch.ones_like(index, dtype=_row_dtype(logits.device)) if weight is None else _of_class(weight, index)
+    scale = scale.to(_row_dtype(logits.device)).masked_fill(ignored, 0.0)
+    losses = []
+    on_cpu = logits.device.type == "cpu"
+    rows = max(1, _BLOCK // logits.shape[1]) if on_cpu else max(1, len(logits))
+    buffer = torch.empty_like(logits[:rows])
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        z, c, left_out = logits[part], index[part].unsqueeze(1), ignored[part]
+        log_beta_of_part = log_beta[part] if log_beta.dim() else log_beta
+        of_target = z.gather(1, c).squeeze(1).to(scale.dtype)
+        z.scatter_(1, c, torch.finfo(z.dtype).min)
+        share = torch.softmax(z, 1, out=buffer[: len(z)])
+        total = share.sum(1)  # as in `_TargetGap`
+        gap = z.amax(1).to(scale.dtype) - of_target + (total / share.amax(1)).to(scale.dtype).log()
+        losses.append((_log_add(gap, log_beta_of_part) * scale[part]).masked_fill(left_out, 0.0))
+        slope = (gap - log_beta_of_part).sigmoid() * scale[part]  # dJ / dgap
+        torch.mul(share, (slope / total).to(z.dtype).unsqueeze(1), out=z)
+        z.scatter_(1, c, -slope.to(z.dtype).unsqueeze(1))
+        if not on_cpu or left_out.any():  # a GPU would have to be waited for
+            z.masked_fill_(left_out.unsqueeze(1), 0.0)
+    return torch.cat(losses) if losses else scale
 
 
 def _log_add(gap: Tensor, log_beta: Tensor) -> Tensor:

@@ -1,0 +1,193 @@
+"""The loss straight from a linear head's input, for vocabularies and class counts whose logits do not fit.
+
+The logits are made, used and forgotten a few rows at a time; the maths is that of `gradient_decay_cross_entropy`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .functional import gradient_decay_cross_entropy, gradient_in_place
+
+__all__ = ["linear_gradient_decay_cross_entropy"]
+
+_LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32; the rows of fewer would not keep a matrix multiplication busy
+
+
+def linear_gradient_decay_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    beta: float | Tensor = 1.0,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """`gradient_decay_cross_entropy` of ``F.linear(input, linear_weight, linear_bias)``, never holding all logits.
+
+    Torch equivalent: ``gradient_decay_cross_entropy(F.linear(input, linear_weight, linear_bias), target, beta, weight,
+    ...)`` in value and gradient; at ``beta = 1`` that of ``F.linear_cross_entropy`` (torch >= 2.15). With ``"mean"``
+    and ``"sum"`` the gradients are made in the forward, while the logits are there; with ``"none"`` the backward makes
+    the logits again, whatever gradient comes from above. Besides the gradients it needs about 100 MiB at any N.
+
+    Args:
+        input: what the head is given, shape (N, D).
+        linear_weight: of the head, shape (C, D).
+        target: class indices, shape (N), any integer dtype.
+        beta: gradient-decay coefficient > 0, a number, a 0-dim tensor or shape (C). No gradient is made for it.
+        linear_bias: of the head, shape (C).
+        weight, ignore_index, reduction, label_smoothing: as in `gradient_decay_cross_entropy`.
+
+    Returns:
+        The loss: 0-dim, or shape (N) for ``"none"``; fp32 for fp16, bf16 and fp32, fp64 for fp64.
+
+    Raises:
+        ValueError: shapes that do not fit, a beta that requires grad, and what `gradient_decay_cross_entropy` refuses.
+        RuntimeError: a second derivative is asked for.
+
+    Example::
+
+        >>> hidden, head = torch.randn(8, 16, requires_grad=True), torch.nn.Linear(16, 50_000)
+        >>> linear_gradient_decay_cross_entropy(hidden, head.weight, torch.arange(8), 5.0, head.bias).backward()
+    """
+    if input.dim() != 2 or linear_weight.dim() != 2 or input.shape[1] != linear_weight.shape[1]:
+        raise ValueError(
+            f"input must have shape (N, D) and linear_weight (C, D), got {tuple(input.shape)} and "
+            f"{tuple(linear_weight.shape)}; flatten the positions of a sequence first"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]:
+        raise ValueError(f"linear_bias must have shape ({len(linear_weight)},), got {tuple(linear_bias.shape)}")
+    if target.shape != input.shape[:1]:
+        raise ValueError(f"target must have shape ({len(input)},), class indices, got {tuple(target.shape)}")
+    if isinstance(beta, Tensor) and beta.requires_grad:
+        raise ValueError("beta requires grad, which the linear form does not make; use gradient_decay_cross_entropy")
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
+
+    knobs = (beta, weight, ignore_index, "none", label_smoothing)
+    if reduction == "none":
+        return _Rows.apply(input, linear_weight, linear_bias, target, knobs)
+    total = _Sum.apply(
+        input, linear_weight, linear_bias, target, knobs, _divisor(target, weight, ignore_index, reduction)
+    )
+    return total
+
+
+def _divisor(target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> Tensor | None:
+    """What ``F.cross_entropy`` divides a mean by."""
+    if reduction == "sum":
+        return None
+    kept = target != ignore_index
+    if weight is None:
+        return kept.sum()
+    return weight.to(target.device)[target.masked_fill(~kept, 0).long()].masked_fill(~kept, 0.0).sum()
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the rows, divided: every row's gradient is known but for one factor."""
+
+    @staticmethod
+    def forward(ctx, input, linear_weight, linear_bias, target, knobs, divisor):
+        needed = ctx.needs_input_grad[:3]
+        sums, grads = [], _Gradients(input, linear_weight, linear_bias, needed)
+        for rows in _chunks(input, linear_weight):
+            logits = F.linear(input[rows], linear_weight, linear_bias)
+            if any(needed):
+                loss, grad_logits = _with_gradient(logits, target[rows], knobs)
+                grads.add(rows, grad_logits if divisor is None else grad_logits.div_(divisor))
+                del grad_logits
+            else:
+                loss = gradient_decay_cross_entropy(logits, target[rows], *knobs)
+            sums.append(loss.sum())
+            del logits
+        ctx.save_for_backward(*grads.tensors)
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        total = torch.stack(sums).sum() if sums else input.new_zeros((), dtype=dtype)
+        return (total if divisor is None else total / divisor).to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_second_derivative()
+        saved = ctx.saved_tensors
+        if grad.device.type != "cpu" or grad != 1:  # as it is after loss.backward(); a GPU would have to be waited for
+            saved = [None if tensor is None else tensor * grad.to(tensor.dtype) for tensor in saved]
+        return *saved, None, None, None
+
+
+class _Rows(torch.autograd.Function):
+    """A loss per row: its gradient waits for what comes from above, and the logits are made again."""
+
+    @staticmethod
+    def forward(ctx, input, linear_weight, linear_bias, target, knobs):
+        ctx.knobs = knobs
+        ctx.save_for_backward(input, linear_weight, linear_bias, target)
+        losses = [
+            gradient_decay_cross_entropy(F.linear(input[rows], linear_weight, linear_bias), target[rows], *knobs)
+            for rows in _chunks(input, linear_weight)
+        ]
+        return (
+            torch.cat(losses) if losses else input.new_zeros(0, dtype=torch.promote_types(input.dtype, torch.float32))
+        )
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_second_derivative()
+        input, linear_weight, linear_bias, target = ctx.saved_tensors
+        grads = _Gradients(input, linear_weight, linear_bias, ctx.needs_input_grad[:3])
+        for rows in _chunks(input, linear_weight):
+            logits = F.linear(input[rows], linear_weight, linear_bias)
+            _, grad_logits = _with_gradient(logits, target[rows], ctx.knobs)
+            grads.add(rows, grad_logits.mul_(grad[rows].unsqueeze(1)))
+            del logits, grad_logits
+        return *grads.tensors, None, None
+
+
+def _refuse_second_derivative() -> None:
+    """Where a graph of the gradient is asked for. (torch's once_differentiable lets it pass as a constant.)"""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_gradient_decay_cross_entropy is not differentiable twice: use gradient_decay_cross_entropy of the "
+            "logits"
+        )
+
+
+def _with_gradient(logits: Tensor, target: Tensor, knobs: tuple) -> tuple[Tensor, Tensor]:
+    """The loss of every row, and its gradient with respect to the logits, which are used up."""
+    beta, weight, ignore_index, _, label_smoothing = knobs
+    if label_smoothing == 0:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return gradient_in_place(logits, target, beta, weight, ignore_index), logits
+    with torch.enable_grad():
+        loss = gradient_decay_cross_entropy(logits.requires_grad_(), target, *knobs)
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    return loss.detach(), gradient
+
+
+class _Gradients:
+    """Of input, weight and bias of the head, added up chunk by chunk; None where none is needed."""
+
+    def __init__(self, input, linear_weight, linear_bias, needed) -> None:
+        self.input, self.linear_weight = input, linear_weight
+        self.tensors = [
+            torch.zeros_like(tensor) if need else None
+            for tensor, need in zip((input, linear_weight, linear_bias), needed, strict=True)
+        ]
+
+    def add(self, rows: slice, grad_logits: Tensor) -> None:
+        grad_logits = grad_logits.to(self.input.dtype)
+        of_input, of_weight, of_bias = self.tensors
+        if of_input is not None:
+            torch.mm(grad_logits, self.linear_weight, out=of_input[rows])
+        if of_weight is not None:
+            of_weight.addmm_(grad_logits.t(), self.input[rows])
+        if of_bias is not None:
+            of_bias += grad_logits.sum(0)
+
+
+def _chunks(input: Tensor, linear_weight: Tensor) -> list[slice]:
+    rows = max(1, _LOGITS_AT_ONCE // max(1, len(linear_weight)))
+    return [slice(start, start + rows) for start in range(0, len(input), rows)]
