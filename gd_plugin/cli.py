@@ -82,12 +82,12 @@ def _timm(argv: list[str]) -> int:
         # As Python does for a script, and before timm is imported: beside the train.py of a checkout lies its own timm.
         sys.path.insert(0, str(folder))
     try:
-        from . import timm_launch, timm_train
+        from . import timm_launch, timm_options
 
         try:
             return timm_launch.launch(argv)
-        except timm_launch.UsageError as error:
-            timm_train.say(error)
+        except timm_options.UsageError as error:
+            timm_options.say(error)
             return 2
     finally:
         sys.path[:] = path

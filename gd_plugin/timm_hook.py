@@ -20,7 +20,8 @@ from typing import Any
 from .config import GradientDecayConfig, rename_fields
 from .record import publishable_words
 from .timm_launch import is_active
-from .timm_train import FIELDS, TimmRun, UsageError, say, value_of
+from .timm_options import FIELDS, UsageError, say, value_of
+from .timm_train import TimmRun
 
 
 def _variable(field: str) -> str:

@@ -24,7 +24,8 @@ from packaging.version import Version
 from .config import GradientDecayConfig, rename_fields
 from .record import publishable_words
 from .timm import LOSS_TYPE, has_loss_factory, register, unregister
-from .timm_train import FIELDS, TimmRun, UsageError, refuse, value_of
+from .timm_options import FIELDS, UsageError, refuse, value_of
+from .timm_train import TimmRun
 
 __all__ = ["launch"]
 

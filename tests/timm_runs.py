@@ -24,7 +24,8 @@ from gd_plugin.config import GradientDecayConfig
 from gd_plugin.record import read_record
 from gd_plugin.schedule import beta_at
 from gd_plugin.timm import has_loss_factory
-from gd_plugin.timm_train import FIELDS, _TrainingLoss
+from gd_plugin.timm_options import FIELDS
+from gd_plugin.timm_train import _TrainingLoss
 
 # The new one needs timm >= 1.0.31, the old one runs with all that are supported.
 SCRIPTS = {
