@@ -62,10 +62,7 @@ class GradientDecayLossFunc:
     def configure(self, config: GradientDecayConfig) -> None:
         """Take other knobs, before training begins."""
         self.config = config
-        per_class = next((b for b in (config.beta, config.beta_start) if isinstance(b, tuple)), None)
-        weight = None if config.class_weights is None else torch.tensor(config.class_weights)
-        self.loss = GradientDecayLoss(beta=per_class or config.beta, weight=weight, ignore_index=IGNORE_INDEX)
-        self.loss.set_beta(config.beta)
+        self.loss = GradientDecayLoss.from_config(config, ignore_index=IGNORE_INDEX)
 
     def bind(self, model: nn.Module, args: TrainingArguments) -> None:
         """Take from the model and the Trainer's arguments what the loss depends on; called by the callback."""

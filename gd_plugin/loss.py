@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .config import GradientDecayConfig
 from .functional import gradient_decay_cross_entropy
 
 __all__ = ["GradientDecayLoss"]
@@ -45,6 +46,16 @@ class GradientDecayLoss(nn.Module):
         self.reduction = reduction
         self.label_smoothing = label_smoothing
         self.set_beta(beta)
+
+    @classmethod
+    def from_config(cls, config: GradientDecayConfig, **kwargs) -> GradientDecayLoss:
+        """With the final beta and the class weights of a configuration; per class where beta is, at either end of the
+        warm-up. ``kwargs``: ``ignore_index``, ``reduction``, ``label_smoothing``."""
+        per_class = next((b for b in (config.beta, config.beta_start) if isinstance(b, tuple)), None)
+        weight = None if config.class_weights is None else torch.tensor(config.class_weights)
+        loss = cls(beta=per_class or config.beta, weight=weight, **kwargs)
+        loss.set_beta(config.beta)
+        return loss
 
     def set_beta(self, beta: float | Sequence[float] | Tensor) -> None:
         """Change beta in place; one number also fills a per-class buffer. ValueError unless positive and finite."""

@@ -17,8 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .config import GradientDecayConfig, rename_fields
 from .loss import GradientDecayLoss
 from .record import read_record
@@ -99,11 +97,8 @@ def _with_gd(original: Callable) -> Callable:
             config = GradientDecayConfig(beta=1.0 if gd_beta is None else gd_beta, class_weights=gd_class_weights)
         except ValueError as error:
             raise ValueError(rename_fields(error, "gd_{}".format)) from None
-        return GradientDecayLoss(
-            beta=config.beta,
-            weight=None if config.class_weights is None else torch.tensor(config.class_weights),
-            label_smoothing=0.0 if given.arguments["soft_targets"] else given.arguments["smoothing"],
-        )
+        smoothing = 0.0 if given.arguments["soft_targets"] else given.arguments["smoothing"]
+        return GradientDecayLoss.from_config(config, label_smoothing=smoothing)
 
     return create_classification_loss
 

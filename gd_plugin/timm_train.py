@@ -125,7 +125,7 @@ class TimmRun:
         except ValueError as error:
             raise UsageError(rename_fields(error, self.shown)) from None
         self._total = given["num_updates_total"]
-        self._loss = _TrainingLoss(self.config, smoothing).to(given["device"])
+        self._loss = _TrainingLoss.from_config(self.config, label_smoothing=smoothing).to(given["device"])
         self._beta, self._replaced = self.config.beta, criterion
         self._output_dir = given["output_dir"]  # None but on the first process
         self._started = time.time()
@@ -230,11 +230,8 @@ class TimmRun:
 class _TrainingLoss(GradientDecayLoss):
     """The loss, which also adds up the plain cross-entropy of what it has seen, on the device."""
 
-    def __init__(self, config: GradientDecayConfig, label_smoothing: float) -> None:
-        per_class = next((b for b in (config.beta, config.beta_start) if isinstance(b, tuple)), None)
-        weight = None if config.class_weights is None else torch.tensor(config.class_weights)
-        super().__init__(beta=per_class or config.beta, weight=weight, label_smoothing=label_smoothing)
-        self.set_beta(config.beta)
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
         # Sum over the samples, and their number. A buffer, which is added to in place: some scripts compile the whole
         # task, and a Python number that changes would have it compiled anew in every update.
         self.register_buffer("sums", torch.zeros(2), persistent=False)

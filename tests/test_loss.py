@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gd_plugin
-from gd_plugin import GradientDecayLoss, gradient_decay_cross_entropy
+from gd_plugin import GradientDecayConfig, GradientDecayLoss, gradient_decay_cross_entropy
 
 PER_CLASS = [0.01, 0.3, 1.0, 7.0, 200.0]
 
@@ -190,3 +190,15 @@ def test_importing_the_package_loads_no_trainer(loaded_after):
 
 def test_an_import_of_a_trainer_would_be_seen(loaded_after):
     assert loaded_after(f"import gd_plugin, {', '.join(HEAVY)}") == list(HEAVY)
+
+
+def test_from_a_configuration():
+    """Per class where beta is at either end of the warm-up, which a schedule then fills; the final one at first."""
+    weights = (1.0, 2.0, 0.5)
+    config = GradientDecayConfig(beta=5.0, beta_start=(0.1, 0.2, 0.3), warmup_ratio=0.5, class_weights=weights)
+    loss = GradientDecayLoss.from_config(config, ignore_index=1, label_smoothing=0.1)
+    assert loss.beta.tolist() == [5.0] * 3 and loss.weight.tolist() == list(weights)
+    assert (loss.ignore_index, loss.label_smoothing) == (1, 0.1)
+    loss.set_beta((0.1, 0.2, 0.3))
+    plain = GradientDecayLoss.from_config(GradientDecayConfig(beta=5.0))
+    assert plain.beta.shape == () and plain.beta == 5 and plain.weight is None

@@ -383,7 +383,7 @@ def test_a_task_that_is_compiled_with_its_loss(kind, compiled_once):
     """As the scripts of timm 1.0.23 to 1.0.26 compile it."""
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounter()
-    model, loss = torch.nn.Linear(4, 3), kind(LINEAR, 0.0)
+    model, loss = torch.nn.Linear(4, 3), kind.from_config(LINEAR)
     step = torch.compile(lambda input, target: loss(model(input), target), backend=counter)
     frames = []
     for update in range(12):
@@ -395,7 +395,7 @@ def test_a_task_that_is_compiled_with_its_loss(kind, compiled_once):
 
 
 def test_cross_entropy_is_the_mean_over_samples_of_unequal_batches():
-    loss = _TrainingLoss(FIVE, 0.0)
+    loss = _TrainingLoss.from_config(FIVE)
     logits, target = torch.randn(8, CLASSES), torch.randint(CLASSES, (8,))
     for rows in (slice(0, 3), slice(3, 8)):
         loss(logits[rows], target[rows])
