@@ -1,12 +1,15 @@
-"""Flags and recipes of `gd-plugin train`: one parser, `HfArgumentParser`, reads and checks both.
+"""Flags and recipes of `gd-plugin train` and `study`: one parser, `HfArgumentParser`, reads and checks both.
 
-A recipe is a YAML file of the same names as the flags. ``runs`` in it maps a name to what differs for that run::
+A recipe is a YAML file of the same names as the flags. ``runs`` in it maps a name to what differs for that run, and
+``study`` does the same for the methods of a study::
 
     dataset: digits
     model: timm:test_efficientnet
     runs:
       cross-entropy: {gd_beta: 1}
       warm-up: {gd_beta: 5, gd_beta_start: 0.01, gd_warmup_ratio: 0.5}
+
+A ``defaults.yaml`` beside a recipe holds what the recipe does not say.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ import json
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+from .config import GradientDecayConfig
 from .hf import GradientDecayTrainingArguments
 
 __all__ = ["DATASET_HELP", "DataArguments", "ModelArguments", "Run", "RunArguments", "json_mapping", "parse"]
@@ -40,7 +44,8 @@ DEFAULTS = {
     "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 # What a run is asked to do, as opposed to what it is.
-NOT_SETTINGS = ("output_dir", "overwrite", "resume", "runs", "hub_token")
+NOT_SETTINGS = ("output_dir", "overwrite", "resume", "runs", "study", "methods", "hub_token")
+PARENT_FOLDER = {"runs": "runs", "study": "studies"}
 _MAX_FOLDER_NAME = 100  # characters of a run's folder; file systems take 255 bytes
 
 
@@ -51,6 +56,9 @@ class DataArguments:
     _argument_group_name = "data"
 
     dataset: str | None = HfArg(default=None, help=f"The data: {DATASET_HELP}.")
+    data_dir: str | None = HfArg(
+        default=None, help="Local folder with a copy of --dataset, which is then not downloaded."
+    )
     dataset_config: str | None = HfArg(default=None, help="Configuration of a Hub data set, e.g. cropped_digits.")
     image_column: str | None = HfArg(default=None, help="Image column; by default found by its type.")
     text_column: str | None = HfArg(default=None, help="Text column; by default found by its type.")
@@ -64,6 +72,12 @@ class DataArguments:
     )
     test_split: str | None = HfArg(
         default=None, help="Split for the final metrics; by default `test`, or else the validation split."
+    )
+    num_classes: int | None = HfArg(default=None, help="Refuse data with another number of classes.")
+    augmentation: Literal["none", "crop", "crop_flip"] = HfArg(
+        default="none",
+        help="Of training images, on the device: crop is a random shift by up to an eighth of the size, crop_flip also "
+        "mirrors half of them.",
     )
     max_train_samples: int | None = HfArg(default=None, help="Use only the first samples of the training split.")
     max_eval_samples: int | None = HfArg(
@@ -88,6 +102,11 @@ class ModelArguments:
     model_args: str | None = HfArg(
         default=None, help="More arguments of timm.create_model for timm:ARCHITECTURE, as JSON: '{\"img_size\": 32}'."
     )
+    loss: Literal["gd", "focal", "poly1"] = HfArg(
+        default="gd",
+        help="gd, the gradient-decay loss, or to compare it with: focal (Lin et al. 2017, gamma 2) and poly1 (Leng et "
+        "al. 2022, epsilon 2, needs timm >= 1.0.31).",
+    )
 
 
 @dataclass
@@ -101,6 +120,8 @@ class RunArguments:
         help="Several runs side by side, JSON of name -> what differs: "
         '\'{"ce": {"gd_beta": 1}, "gd": {"gd_beta": 5}}\'.',
     )
+    study: str | None = HfArg(default=None, help="The methods that `gd-plugin study` compares, in the form of --runs.")
+    methods: list[str] | None = HfArg(default=None, help="Of --study, only these methods, by name.")
     overwrite: bool = HfArg(default=False, help="Replace a run that is already in the output folder.")
     resume: bool = HfArg(default=False, help="Go on from the last checkpoint in the output folder.")
 
@@ -147,7 +168,15 @@ class _Parser(HfArgumentParser):
         return f"; did you mean {near[0]}?" if near else "; --help lists them"
 
 
-def parse(argv: list[str], recipes: Path) -> tuple[list[Run], argparse.Namespace]:
+def parse(argv: list[str], recipes: Path, grid: str = "runs") -> tuple[list[Run], argparse.Namespace]:
+    """Words of the command line to checked runs.
+
+    Args:
+        grid: the flag that names the runs: ``"runs"``, or ``"study"``.
+
+    Raises:
+        ValueError: one line that names the flag.
+    """
     parser = _Parser()
     words = list(argv)
     recipe_name = None
@@ -159,62 +188,91 @@ def parse(argv: list[str], recipes: Path) -> tuple[list[Run], argparse.Namespace
     if options.overwrite and options.resume:
         raise ValueError("--overwrite and --resume contradict each other; keep one")
     if options.output_dir == parser.get_default("output_dir"):
-        options.output_dir = str(Path("runs") / (recipe_name or Path(str(options.dataset)).name))
+        options.output_dir = str(Path(PARENT_FOLDER[grid]) / (recipe_name or Path(str(options.dataset)).name))
 
     defaults = vars(parser.parse_args([]))
-    variants = {"run": {}} if options.runs is None else json_mapping("runs", options.runs)
-    _check_variants(variants, argv)
+    given = getattr(options, grid)
+    if given is None and grid == "study":
+        raise ValueError(
+            'no methods to compare: give a recipe with `study`, or --study \'{"ce": {"gd_beta": 1}, ...}\''
+        )
+    variants = {"run": {}} if given is None else json_mapping(grid, given)
+    if grid == "study" and options.methods is not None:
+        variants = _chosen(variants, options.methods)
+    _check_variants(variants, argv, grid)
     runs, folders = [], set()
     for name, differences in variants.items():
         folder = Path(options.output_dir)
-        if options.runs is not None:
+        if given is not None:
             folder /= re.sub(r"[^a-z0-9.]+", "-", name.lower())[:_MAX_FOLDER_NAME].strip("-.") or "run"
         if folder in folders:
-            raise ValueError(f"runs: two runs would share the folder {folder}; give them other names")
+            raise ValueError(f"{grid}: two runs would share the folder {folder}; give them other names")
         folders.add(folder)
-        of_run = words + _flags(differences, parser, f"runs: {name}") + [f"--output_dir={folder}"]
+        of_run = words + _flags(differences, parser, f"{grid}: {name}") + [f"--output_dir={folder}"]
         try:
             data, model, _, args = parser.parse_args_into_dataclasses(of_run, look_for_args_file=False)
         except ValueError as error:
-            raise ValueError(f"runs: {name}: {error}" if differences else str(error)) from None
+            raise ValueError(f"{grid}: {name}: {error}" if differences else str(error)) from None
+        if model.loss != "gd" and (args.gd_config != GradientDecayConfig() or args.label_smoothing_factor):
+            raise ValueError(
+                f"{name}: --loss {model.loss} knows neither the gd_ flags nor label_smoothing_factor; remove them, or "
+                "use --loss gd"
+            )
         values = vars(parser.parse_args(of_run)).items()
         settings = {k: v for k, v in values if v != defaults[k] and k not in NOT_SETTINGS}
-        runs.append(Run(name if options.runs is not None else _describe(args), args, settings, data, model))
+        runs.append(Run(name if given is not None else _describe(args, model), args, settings, data, model))
     return runs, options
 
 
-def _check_variants(variants: dict[str, Any], argv: list[str]) -> None:
+def _chosen(variants: dict[str, Any], methods: list[str]) -> dict[str, Any]:
+    for name in methods:
+        if name not in variants:
+            near = difflib.get_close_matches(name, variants, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(variants)}"
+            raise ValueError(f"--methods {name!r}: the study has no such method; {hint}")
+    if not methods:
+        raise ValueError("--methods is empty, so there is nothing to compare; name some, or leave it out")
+    return {name: variants[name] for name in methods}
+
+
+def _check_variants(variants: dict[str, Any], argv: list[str], grid: str) -> None:
     # All runs share the prepared data, so that they can be compared.
     shared = {f.name for c in (DataArguments, ModelArguments, RunArguments) for f in fields(c)} | {"output_dir"}
+    shared -= {"loss"}
     given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
     for name, differences in variants.items():
         if not isinstance(differences, dict):
-            raise ValueError(f"runs: {name} must map flags to values, got {differences!r}")
+            raise ValueError(f"{grid}: {name} must map flags to values, got {differences!r}")
         for key in differences:
             if key in shared:
-                raise ValueError(f"runs: {name} sets {key}, which all runs share; give it beside runs")
+                raise ValueError(f"{grid}: {name} sets {key}, which all runs share; give it beside {grid}")
             if key in given:
-                raise ValueError(f"--{key} is set by the run {name!r} of the recipe; leave it out, or give --runs")
+                raise ValueError(f"--{key} is set by the run {name!r} of the recipe; leave it out, or give --{grid}")
 
 
 def _find_recipe(name: str, recipes: Path) -> Path:
     for path in (Path(name), recipes / name, recipes / f"{name}.yaml"):
         if path.is_file():
             return path
-    known = ", ".join(sorted(p.stem for p in recipes.glob("*.yaml")))
+    known = ", ".join(sorted(p.stem for p in recipes.glob("*.yaml") if p.stem != "defaults"))
     raise ValueError(
         f"there is no recipe {name}; give a YAML file, or one of those that come with the package: {known}"
     )
 
 
 def _read_recipe(path: Path, parser: _Parser) -> list[str]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must map flags to values, such as `dataset: digits`")
-    return _flags(values, parser, str(path))
+    """The words of a recipe, after those of the defaults beside it: of a flag given twice the last one counts."""
+    defaults = path.with_name("defaults.yaml")
+    words = []
+    for file in (defaults, path) if defaults.is_file() and path.name != "defaults.yaml" else (path,):
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is not a YAML file: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{file} must map flags to values, such as `dataset: digits`")
+        words += _flags(values, parser, str(file))
+    return words
 
 
 def _flags(values: dict[str, Any], parser: _Parser, where: str) -> list[str]:
@@ -226,7 +284,7 @@ def _flags(values: dict[str, Any], parser: _Parser, where: str) -> list[str]:
             raise ValueError(f"{where}: {key} is not a flag of gd-plugin train{parser.nearest(str(key))}")
         if value is None:
             continue
-        if key in ("runs", "model_args") and not isinstance(value, (dict, str)):
+        if key in ("runs", "study", "model_args") and not isinstance(value, (dict, str)):
             raise ValueError(f"{where}: {key} must map names to values, such as `runs: {{ce: {{gd_beta: 1}}}}`")
         if isinstance(value, list):
             words += [f"--{key}", *map(str, value)]
@@ -245,13 +303,15 @@ def json_mapping(flag: str, text: str) -> dict:
         value = json.loads(text)
     except ValueError as error:
         raise ValueError(f"--{flag} is not JSON ({error}): {text[:80]}") from None
-    if not isinstance(value, dict) or (flag == "runs" and not value):
+    if not isinstance(value, dict) or (flag in ("runs", "study") and not value):
         raise ValueError(f"--{flag} must be a JSON object, got {text[:80]}")
     return value
 
 
-def _describe(args: GradientDecayTrainingArguments) -> str:
+def _describe(args: GradientDecayTrainingArguments, model: ModelArguments) -> str:
     """A name for a single run: what its loss is."""
+    if model.loss != "gd":
+        return model.loss
     config = args.gd_config
     start, beta = (f"{b:g}" if isinstance(b, float) else b for b in (config.beta_start, config.beta))
     if start is not None:

@@ -17,7 +17,9 @@ usage: gd-plugin COMMAND [...]
   timm TRAIN_PY [--flag value ...]    timm's own train.py with one loss more: --loss gd --gd-beta 5
                                       gd-plugin timm TRAIN_PY --help  timm's flags and ours
                                       torchrun --nproc-per-node 2 -m gd_plugin.timm TRAIN_PY ...
-  report RUN [RUN ...]                draw and compare the runs of either command
+  study RECIPE [--seeds N] [--jobs N] every method of a recipe with several seeds, and their statistics
+                                      gd-plugin study digits          sixteen methods, five seeds
+  report RUN_OR_STUDY [...]           draw and compare what either command left
 
 options: --help, --version
 """
@@ -93,6 +95,16 @@ def _timm(argv: list[str]) -> int:
         sys.path[:] = path
 
 
+def _study(argv: list[str]) -> int:
+    from . import study
+
+    try:
+        job = study.prepare(argv, recipes_folder())
+    except ValueError as error:
+        return _fail(str(error))
+    return job.run()
+
+
 def _report(argv: list[str]) -> int:
     from . import report
 
@@ -102,7 +114,7 @@ def _report(argv: list[str]) -> int:
         return _fail(str(error))
 
 
-COMMANDS = {"train": _train, "timm": _timm, "report": _report}
+COMMANDS = {"train": _train, "study": _study, "timm": _timm, "report": _report}
 
 
 def recipes_folder() -> Path:

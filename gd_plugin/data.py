@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+from transformers import default_data_collator
 
 from .arguments import DATASET_HELP, DataArguments
 
-__all__ = ["ClassificationData", "PreparedImages", "PreparedTexts", "load_data"]
+__all__ = ["ClassificationData", "PreparedImages", "PreparedTexts", "augment", "collate_images", "load_data"]
 
 _CACHE_BYTES = 2 * 2**30  # what a split's prepared images may take in memory; larger ones are decoded in every epoch
 
@@ -35,6 +37,7 @@ class ClassificationData:
     validation: Split
     test: Split
     tested_on: str  # the split behind `test`: the validation split where there is no test split
+    has_test: bool
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -53,7 +56,12 @@ def load_data(args: DataArguments) -> ClassificationData:
         raise ValueError(f"no data set: give --dataset, {DATASET_HELP}")
     if not 0 < args.validation_fraction < 1:
         raise ValueError(f"--validation_fraction must be between 0 and 1, got {args.validation_fraction}")
-    splits = _digits() if args.dataset == "digits" else _load(args.dataset, args.dataset_config)
+    if args.data_dir is not None:
+        if not Path(args.data_dir).expanduser().is_dir():
+            raise ValueError(f"--data_dir {args.data_dir}: there is no such folder; give one that holds {args.dataset}")
+        splits = _load(str(Path(args.data_dir).expanduser().resolve()), None)
+    else:
+        splits = _digits() if args.dataset == "digits" else _load(args.dataset, args.dataset_config)
     train = _split(splits, args.train_split, "--train_split", args.dataset)
     label_column = _label_column(train, args)
     kind, column = _input_column(train, args, label_column)
@@ -72,17 +80,23 @@ def load_data(args: DataArguments) -> ClassificationData:
         validation_name = f"{args.validation_fraction:g} of {args.train_split}"
     train = _first(train, args.max_train_samples, "--max_train_samples")
     validation = _first(validation, args.max_eval_samples, "--max_eval_samples")
-    if test is None:
+    has_test = test is not None
+    if not has_test:
         test, test_name = validation, validation_name
     else:
         test = _first(test, args.max_eval_samples, "--max_eval_samples")
 
     names = _label_names(train, label_column)
+    if args.num_classes not in (None, len(names)):
+        raise ValueError(
+            f"{args.data_dir or args.dataset} has {len(names)} classes, not --num_classes {args.num_classes}: this is "
+            "other data than the recipe is for"
+        )
     parts = [
         Split(part.select_columns(column).rename_column(column, "input"), _labels(part, label_column, names))
         for part in (train, validation, test)
     ]
-    return ClassificationData(_public_name(args.dataset), kind, names, *parts, tested_on=test_name)
+    return ClassificationData(_public_name(args.dataset), kind, names, *parts, tested_on=test_name, has_test=has_test)
 
 
 class PreparedImages(torch.utils.data.Dataset):
@@ -114,6 +128,43 @@ class PreparedImages(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         pixels = self._prepare(index) if self.pixels is None else self.pixels[index]
         return {"pixel_values": pixels, "labels": self.split.labels[index]}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """A batch at once, as torch's DataLoader asks for it; one by one they would hold up a small model."""
+        if self.pixels is None:
+            pixels = torch.stack([self._prepare(index) for index in indices])
+        else:
+            pixels = self.pixels[indices]
+        return {"pixel_values": pixels, "labels": self.split.labels[indices]}
+
+
+def collate_images(batch: dict[str, torch.Tensor] | list) -> dict[str, torch.Tensor]:
+    """What `PreparedImages.__getitems__` gives is a batch already."""
+    return batch if isinstance(batch, dict) else default_data_collator(batch)
+
+
+def augment(pixels: torch.Tensor, augmentation: str) -> torch.Tensor:
+    """Shift every image by up to an eighth of its size, and mirror half of them, the whole batch at once.
+
+    Args:
+        pixels: shape (N, C, H, W), on any device, whose random numbers are used.
+        augmentation: ``"none"``, ``"crop"`` or ``"crop_flip"``.
+
+    What comes in at the border is the mirrored image, as in the fast CIFAR-10 recipes (KellerJordan/cifar10-airbench).
+    """
+    if augmentation == "none":
+        return pixels
+    n, _, height, width = pixels.shape
+    device = pixels.device
+    rows, columns = (
+        torch.arange(size, device=device) + torch.randint(2 * (size // 8) + 1, (n, 1), device=device)
+        for size in (height, width)
+    )
+    if augmentation == "crop_flip":
+        columns = torch.where(torch.rand(n, 1, device=device) < 0.5, columns, columns.flip(1))
+    padded = F.pad(pixels, (width // 8, width // 8, height // 8, height // 8), mode="reflect")
+    index = (rows[:, :, None] * padded.shape[-1] + columns[:, None, :]).view(n, 1, -1)
+    return padded.flatten(2).gather(2, index.expand(-1, pixels.shape[1], -1)).view_as(pixels)
 
 
 class PreparedTexts(torch.utils.data.Dataset):

@@ -155,6 +155,8 @@ class GradientDecayMixin:
             than the model's classes, several GPUs in one process (DataParallel), labels outside the classes.
     """
 
+    _gd_loss_func: type[GradientDecayLossFunc] = GradientDecayLossFunc
+
     def __init__(self, *args, gd_config: GradientDecayConfig | None = None, compute_loss_func=None, **kwargs):
         if compute_loss_func is not None:
             raise ValueError("compute_loss_func is set, and so is the gradient-decay loss; remove one of them")
@@ -167,7 +169,7 @@ class GradientDecayMixin:
                 "gd_config=GradientDecayConfig(beta=...)"
             )
         # Given at once, since a Trainer may prepare itself for it: TRL's then keeps the logits.
-        super().__init__(*args, compute_loss_func=GradientDecayLossFunc(gd_config), **kwargs)
+        super().__init__(*args, compute_loss_func=self._gd_loss_func(gd_config), **kwargs)
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if parallel is not None and (parallel.cp_enabled or getattr(parallel, "sp_enabled", False)):
             raise ValueError(

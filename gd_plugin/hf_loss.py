@@ -97,7 +97,16 @@ class GradientDecayLossFunc:
             return loss if divisor is None else loss / divisor
 
         self.calls += 1
-        loss, cross_entropy = gradient_decay_cross_entropy(
+        loss, cross_entropy = self.compute(logits, target, reduction)
+        count = _count(target)
+        if divisor is None:
+            cross_entropy = cross_entropy * count  # from their mean back to the sum
+        self._cross_entropy += torch.stack([cross_entropy.float(), count])
+        return loss if divisor is None else loss / divisor
+
+    def compute(self, logits: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+        """The training loss and the plain cross-entropy of (N, C) logits, reduced; another loss overrides this."""
+        return gradient_decay_cross_entropy(
             logits,
             target,
             self.loss.beta,
@@ -107,11 +116,6 @@ class GradientDecayLossFunc:
             self.loss.label_smoothing,
             return_cross_entropy=True,
         )
-        count = _count(target)
-        if divisor is None:
-            cross_entropy = cross_entropy * count  # from their mean back to the sum
-        self._cross_entropy += torch.stack([cross_entropy.float(), count])
-        return loss if divisor is None else loss / divisor
 
     def pop_cross_entropy(self) -> float:
         """Mean plain cross-entropy of the training targets since the last call, over all processes. Waits."""

@@ -2,49 +2,35 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 import os
 import shlex
 import signal
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
 import transformers
 import yaml
 from rich.console import Console
-from transformers import DataCollatorWithPadding, PrinterCallback, TrainerCallback, default_data_collator, set_seed
+from transformers import DataCollatorWithPadding, TrainerCallback, default_data_collator
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .arguments import Run, parse
+from .baselines import baseline
 from .data import ClassificationData, PreparedImages, PreparedTexts, load_data
 from .display import Bars, progress
+from .fit import Interrupted, fit
 from .folder import SETTINGS_FILE, check_folder, last_whole_checkpoint, remove_run
-from .hf import GradientDecayTrainer, GradientDecayTrainingArguments, refuse_data_parallel, with_gd_prefix
+from .hf import GradientDecayTrainingArguments, refuse_data_parallel, with_gd_prefix
 from .metrics import METRICS
 from .models import build_model
-from .record import (
-    RECORD_FORMAT,
-    environment,
-    epochs_from_log,
-    publishable,
-    publishable_words,
-    read_record,
-    write_atomic,
-    write_json,
-)
+from .record import publishable_words, read_record, write_atomic, write_json
 from .report import draw, print_table
 
-__all__ = ["Interrupted", "Job", "prepare"]
-
-
-class Interrupted(Exception):
-    """Ctrl-C: training stopped after an update, with a checkpoint. The message says how to go on."""
+__all__ = ["Interrupted", "Job", "check_runs", "load", "prepare"]
 
 
 def prepare(argv: list[str], recipes: Path) -> Job:
@@ -60,14 +46,32 @@ def prepare(argv: list[str], recipes: Path) -> Job:
     runs, options = parse(argv, recipes)
     for run in runs:
         check_folder(run, options)
+    check_runs(runs)
+    console = Console(quiet=runs[0].args.process_index != 0, emoji=False)
+    data, splits = load(runs, console)
+    command = f"gd-plugin train {shlex.join(publishable_words(argv))}"
+    return Job(runs, data, splits, Path(options.output_dir), options.overwrite, command, console)
+
+
+def check_runs(runs: list[Run]) -> None:
+    """What can be checked without data. Raises ``ValueError``, one line that names the flag."""
+    for run in runs:
         _check_arguments(run.args)
         if run.args.hub_token:  # out of the arguments, which the Trainer pickles beside every checkpoint
             os.environ["HF_TOKEN"], run.args.hub_token = run.args.hub_token, None
+        if run.model.loss != "gd":
+            baseline(run.model.loss)
+
+
+def load(runs: list[Run], console: Console) -> tuple[ClassificationData, list[torch.utils.data.Dataset]]:
+    """The data that all the runs share, and its three splits prepared for their model.
+
+    Raises:
+        ValueError: data or model that cannot be had, or that do not fit each other or a run; one line.
+    """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # one bar of our own over all runs
     datasets.disable_progress_bars()
-    console = Console(quiet=runs[0].args.process_index != 0, emoji=False)
-
     with console.status("Loading the data and the model"):
         data = load_data(runs[0].data)
         model, processor = build_model(runs[0].model, data)
@@ -76,16 +80,19 @@ def prepare(argv: list[str], recipes: Path) -> Job:
     console.print(
         f"{data.name}: {len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test samples "
         f"(tested on: {data.tested_on}), {len(data.label_names)} classes\n"
-        f"{runs[0].model.model}: {_parameters(model):,} parameters",
+        f"{runs[0].model.model}: {sum(p.numel() for p in model.parameters()):,} parameters",
         soft_wrap=True,
         markup=False,
     )
     with console.status("Preparing the data"):
-        prepared = PreparedImages if data.kind == "image" else PreparedTexts
-        splits = [prepared(split, processor) for split in (data.train, data.validation, data.test)]
+        if data.kind == "text":
+            if runs[0].data.augmentation != "none":
+                raise ValueError(f"--augmentation {runs[0].data.augmentation} is for images, {data.name} holds text")
+            splits = [PreparedTexts(split, processor) for split in (data.train, data.validation, data.test)]
+        else:
+            splits = [PreparedImages(split, processor) for split in (data.train, data.validation, data.test)]
     _check_model(model, processor, splits[0], runs[0].model.model)
-    command = f"gd-plugin train {shlex.join(publishable_words(argv))}"
-    return Job(runs, data, splits, Path(options.output_dir), options.overwrite, command, console)
+    return data, splits
 
 
 @dataclass
@@ -133,49 +140,10 @@ class Job:
         if args.process_index == 0:
             write_atomic(run.folder / SETTINGS_FILE, yaml.safe_dump(run.settings, sort_keys=False))
 
-        started = time.time()
-        set_seed(args.seed)
-        model, processor = build_model(run.model, self.data)
-        trainer = GradientDecayTrainer(
-            model=model,
-            args=args,
-            train_dataset=self.splits[0],
-            eval_dataset=self.splits[1],
-            processing_class=processor,
-            callbacks=[stop, bars.callback(run.name)],
-        )
-        trainer.remove_callback(PrinterCallback)  # its lines would tear the progress bar
-        trainer.train(resume_from_checkpoint=None if self.overwrite else last_whole_checkpoint(run.folder))
-        if stop.requested and trainer.state.global_step < trainer.state.max_steps:
-            raise Interrupted(
-                f"stopped after update {trainer.state.global_step} of {trainer.state.max_steps}, a checkpoint is in "
-                f"{args.output_dir}; go on with --resume"
-            )
-        trainer.save_model()
-        final = {
-            key.removeprefix("test_"): value
-            for key, value in trainer.evaluate(self.splits[2], metric_key_prefix="test").items()
-            if not key.endswith(("_runtime", "_per_second", "epoch", "_time"))
-        }
-        log = trainer.state.log_history
-        record = {
-            "format": RECORD_FORMAT,
-            "name": run.name,
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": self.command,
-            "config": {key: publishable(value) for key, value in run.settings.items()},
-            "gd": args.gd_config.to_dict(),
-            "seed": args.seed,
-            **environment(),
-            "wall_time_s": round(time.time() - started, 1),
-            "dataset": self.data.describe(),
-            "model": {"name": publishable(run.model.model), "parameters": _parameters(model)},
-            "epochs": epochs_from_log(log),
-            "log": [entry for entry in log if "loss" in entry],
-            "final": final,
-            "reliability": trainer.reliability,
-        }
-        if trainer.is_world_process_zero():
+        checkpoint = None if self.overwrite else last_whole_checkpoint(run.folder)
+        callbacks = [stop, bars.callback(run.name)]
+        record = fit(run, self.data, self.splits, self.command, callbacks, checkpoint)
+        if args.process_index == 0:
             draw([record], run.folder, self.console)
             write_json(record_path, record)  # last: a record says that the run is complete
         return record
@@ -201,7 +169,7 @@ def _check_arguments(args: GradientDecayTrainingArguments) -> None:
         raise ValueError(f"--report_to {' '.join(args.report_to)}: {error}") from error
 
 
-def _check_model(model: torch.nn.Module, processor: Any, split: torch.utils.data.Dataset, name: str) -> None:
+def _check_model(model: torch.nn.Module, processor, split: torch.utils.data.Dataset, name: str) -> None:
     """A batch of one sample: what does not fit together (sizes, channels, model_args) shows here, not in training."""
     collate = default_data_collator if isinstance(split, PreparedImages) else DataCollatorWithPadding(processor)
     try:
@@ -223,10 +191,6 @@ def _check_config(args: GradientDecayTrainingArguments, samples: int, num_classe
         args.gd_config.check_num_classes(num_classes)
     except ValueError as error:
         raise ValueError(with_gd_prefix(error)) from None
-
-
-def _parameters(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 class _Stop(TrainerCallback):

@@ -1,0 +1,156 @@
+"""One training of `gd-plugin train` or `study`: a run's arguments and prepared data in, its record out."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback, set_seed
+
+from .arguments import Run
+from .baselines import BaselineLossFunc, baseline
+from .calibration import fit_temperature, fit_vector_scaling
+from .data import ClassificationData, PreparedImages, augment, collate_images
+from .hf import GradientDecayTrainer
+from .metrics import classification_metrics
+from .models import build_model
+from .record import RECORD_FORMAT, environment, epochs_from_log, publishable
+
+__all__ = ["Interrupted", "fit"]
+
+_LOGITS_BYTES = 2**30  # of a split's logits, kept to fit a temperature
+
+
+class Interrupted(Exception):
+    """Training stopped after an update, with a checkpoint. The message says how to go on."""
+
+
+def fit(
+    run: Run,
+    data: ClassificationData,
+    splits: list[torch.utils.data.Dataset],
+    command: str,
+    callbacks: list[TrainerCallback],
+    checkpoint: str | None = None,
+    save_model: bool = True,
+) -> dict:
+    """Train, evaluate on the last epoch's weights, calibrate on the validation split; returns the record.
+
+    Args:
+        splits: training, validation and test split, prepared for the model.
+        command: what a reader of the record is to type.
+        checkpoint: folder to go on from.
+        save_model: into the run's folder.
+
+    Raises:
+        Interrupted: a callback ended training before its time.
+    """
+    args = run.args
+    started = time.time()
+    set_seed(args.seed)
+    model, processor = build_model(run.model, data)
+    images = isinstance(splits[0], PreparedImages)
+    if images:
+        args.remove_unused_columns = False  # whose collator would take a batch for a list of samples
+    trainer_class = _Trainer
+    if run.model.loss != "gd":
+        trainer_class = type("_BaselineTrainer", (_Trainer,), {
+            "_gd_loss_func": staticmethod(partial(BaselineLossFunc, criterion=baseline(run.model.loss)))
+        })  # fmt: skip
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        train_dataset=splits[0],
+        eval_dataset=splits[1],
+        processing_class=processor,
+        callbacks=callbacks,
+        data_collator=collate_images if images else None,
+    )
+    trainer.augmentation = run.data.augmentation if images else "none"
+    trainer.remove_callback(PrinterCallback)  # its lines would tear the progress bar
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.control.should_training_stop and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"stopped after update {trainer.state.global_step} of {trainer.state.max_steps}, a checkpoint is in "
+            f"{args.output_dir}; go on with --resume"
+        )
+    if save_model:
+        trainer.save_model()
+    log = list(trainer.state.log_history)
+    _, validation = trainer.evaluate_and_keep(splits[1], "eval")
+    final, test = trainer.evaluate_and_keep(splits[2], "test")
+    # Fitted and tested on the same samples, it would show nothing.
+    calibrated = _calibrate(validation, test) if data.has_test and validation and test else None
+    return {
+        "format": RECORD_FORMAT,
+        "name": run.name,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "config": {key: publishable(value) for key, value in run.settings.items()},
+        "loss": run.model.loss,
+        "gd": args.gd_config.to_dict(),
+        "seed": args.seed,
+        **environment(),
+        "wall_time_s": round(time.time() - started, 1),
+        "dataset": data.describe(),
+        "model": {"name": publishable(run.model.model), "parameters": sum(p.numel() for p in model.parameters())},
+        "epochs": epochs_from_log(log),
+        "log": [entry for entry in log if "loss" in entry],
+        "final": final,
+        "calibrated": calibrated,
+        "reliability": trainer.reliability,
+    }
+
+
+class _Trainer(GradientDecayTrainer):
+    """Augments training batches where they lie, and keeps the logits of an evaluation when asked."""
+
+    augmentation = "none"
+    _kept: list[tuple[Tensor, Tensor]] | None = None
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        if self.augmentation != "none" and torch.is_grad_enabled():  # evaluation has no gradients
+            inputs = {**inputs, "pixel_values": augment(inputs["pixel_values"], self.augmentation)}
+        return inputs
+
+    def _gd_compute_metrics(self, prediction, compute_result: bool = True) -> dict[str, float]:
+        if self._kept is not None:
+            logits = prediction.predictions
+            logits = logits[0] if isinstance(logits, (tuple, list)) else logits
+            self._kept.append((torch.as_tensor(logits).cpu(), torch.as_tensor(prediction.label_ids).cpu()))
+        return super()._gd_compute_metrics(prediction, compute_result)
+
+    def evaluate_and_keep(self, split, prefix: str) -> tuple[dict[str, float], tuple[Tensor, Tensor] | None]:
+        """The metrics of a split, and its logits and labels unless they are too many."""
+        fits = len(split) * self.model.config.num_labels * 4 <= _LOGITS_BYTES
+        self._kept = [] if fits else None
+        try:
+            metrics = self.evaluate(split, metric_key_prefix=prefix)
+            kept = tuple(torch.cat(parts) for parts in zip(*self._kept, strict=True)) if fits else None
+        finally:
+            self._kept = None
+        return {
+            key.removeprefix(f"{prefix}_"): value
+            for key, value in metrics.items()
+            if not key.endswith(("_runtime", "_per_second", "epoch", "_time"))
+        }, kept
+
+
+def _calibrate(validation: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict[str, dict[str, float]] | None:
+    """The test split's metrics after what was fitted to the validation split; None for a model that has diverged."""
+    try:
+        temperature = fit_temperature(*validation)
+        scale, bias = fit_vector_scaling(*validation)
+    except ValueError:
+        return None
+    logits, labels = test[0].double(), test[1]
+    scaled = classification_metrics(logits / temperature, labels)
+    return {
+        "temperature": {"temperature": temperature, **scaled},
+        "vector": classification_metrics(logits * scale + bias, labels),
+    }

@@ -1,0 +1,318 @@
+"""`gd-plugin study`: every method of a recipe with several seeds, in parallel, one record per run.
+
+The layout of a study's folder, which `gd_plugin.report` reads::
+
+    study.json                what was asked for: recipe, methods in their order, seeds, command
+    seed-0/beta-5.json        the record of one run, as `gd-plugin train` writes it
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .arguments import Run, parse
+from .fit import fit
+from .record import RECORD_FORMAT, publishable, publishable_words, read_record, write_json
+from .train import check_runs, load
+
+__all__ = ["STUDY_FILE", "Study", "prepare"]
+
+STUDY_FILE = "study.json"
+# What differs between machines and not between results.
+_NOT_COMPARED = ("data_dir", "label_column", "use_cpu", "dataloader_num_workers")
+_USAGE = """usage: gd-plugin study RECIPE [--seeds N] [--jobs N] [--executor process|ray] [--flag value ...]
+
+Trains every method of the recipe's `study` with every seed and reports n, mean, deviation and paired differences to
+the first method. A study that was stopped goes on when the same command is given again.
+
+  --seeds N              seeds 0 to N - 1; default: 5
+  --jobs N               runs at a time; default: one per GPU, or one per two CPU cores
+  --executor process     processes of this machine, the default
+  --executor ray         tasks of the Ray cluster that `ray start` or RAY_ADDRESS names, or of a local one
+  --output_dir FOLDER    default: studies/RECIPE
+  --overwrite            train again what is complete already
+
+All other flags are those of gd-plugin train (--help there), and override the recipe.
+"""
+
+
+class _OwnFlags(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message} (gd-plugin study --help)")
+
+
+def prepare(argv: list[str], recipes: Path) -> Study:
+    """Read flags and recipe, load the data once, and check everything that can be checked before training.
+
+    Args:
+        argv: the words after ``gd-plugin study``.
+        recipes: folder of the recipes that are found by name.
+
+    Raises:
+        ValueError: bad input, in one line that names the flag and what to do.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(_USAGE)
+        raise SystemExit(0)
+    flags = _OwnFlags(add_help=False, allow_abbrev=False)
+    flags.add_argument("--seeds", type=int, default=5)
+    flags.add_argument("--jobs", type=int)
+    flags.add_argument("--executor", choices=("process", "ray"), default="process")
+    own, words = flags.parse_known_args(argv)
+    for name, value in (("--seeds", own.seeds), ("--jobs", own.jobs)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if own.executor == "ray":
+        _import_ray()
+    if any(word.split("=")[0] in ("--seed", "--resume", "--runs") for word in words):
+        raise ValueError("--seed, --resume and --runs are for gd-plugin train; a study has --seeds, goes on by itself")
+
+    words += ["--save_strategy", "no"]  # a study keeps records, not models
+    runs, options = parse(words, recipes, "study")
+    check_runs(runs)
+    folder = Path(options.output_dir)
+    tasks = [Task(seed, i, run) for seed in range(own.seeds) for i, run in enumerate(runs)]
+    console = Console(emoji=False)
+    done = {} if options.overwrite else _complete(folder, tasks, console)
+    load(runs, console)  # what is wrong with the data shows here, not in a worker
+    gpus = torch.cuda.device_count()
+    return Study(
+        folder=folder,
+        words=words,
+        recipes=recipes,
+        tasks=tasks,
+        done=done,
+        seeds=own.seeds,
+        jobs=own.jobs or gpus or max(1, (os.cpu_count() or 1) // 2),
+        gpus=gpus,
+        executor=own.executor,
+        command=f"gd-plugin study {shlex.join(publishable_words(argv))}",
+        console=console,
+    )
+
+
+@dataclass
+class Task:
+    """One run of a study: a seed and the place of a method in the recipe."""
+
+    seed: int
+    method: int
+    run: Run
+
+    def path(self, folder: Path) -> Path:
+        return folder / f"seed-{self.seed}" / f"{self.run.folder.name}.json"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        settings = {key: publishable(value) for key, value in self.run.settings.items() if key != "seed"}
+        return settings | ({"seed": self.seed} if self.seed != 42 else {})  # 42: the Trainer's default
+
+
+@dataclass
+class Study:
+    """A checked study; nothing is trained or written before `run`."""
+
+    folder: Path
+    words: list[str]
+    recipes: Path
+    tasks: list[Task]
+    done: dict[Path, dict]
+    seeds: int
+    jobs: int
+    gpus: int
+    executor: str
+    command: str
+    console: Console
+
+    def run(self) -> int:
+        """Train what is not complete yet, then report; returns the exit code."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(
+            self.folder / STUDY_FILE,
+            {
+                "format": RECORD_FORMAT,
+                "dataset": self.tasks[0].run.data.dataset,
+                "methods": [task.run.name for task in self.tasks if task.seed == 0],
+                "seeds": list(range(self.seeds)),
+                "command": self.command,
+            },
+        )
+        waiting = [task for task in self.tasks if task.path(self.folder) not in self.done]
+        if self.done:
+            self.console.print(f"{len(self.done)} of {len(self.tasks)} runs are complete already", markup=False)
+        try:
+            failed = self._train(waiting) if waiting else []
+        except KeyboardInterrupt:
+            print("gd-plugin: stopped; the same command goes on where it was", file=sys.stderr)
+            return 130
+        for task, reason in failed:
+            self.console.print(f"failed: seed {task.seed}, {task.run.name}: {reason}", soft_wrap=True, markup=False)
+        self.console.print(f"Records: {self.folder}/", soft_wrap=True, markup=False)
+        return 1 if failed else 0
+
+    def _train(self, waiting: list[Task]) -> list[tuple[Task, str]]:
+        start = _in_processes if self.executor == "process" else _on_ray
+        failed = []
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
+        )
+        # A run takes minutes: its speed is that of the whole study, not of the last half minute.
+        with Progress(*columns, console=self.console, speed_estimate_period=1e9) as progress:
+            bar = progress.add_task("runs", total=len(waiting))
+            for task, record, reason in start(self, waiting):
+                if record is None:
+                    failed.append((task, reason))
+                else:
+                    path = task.path(self.folder)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(path, record)
+                    progress.print(_line(record), markup=False)
+                progress.advance(bar)
+        return failed
+
+
+def _line(record: dict) -> str:
+    final = record["final"]
+    return (
+        f"seed {record['seed']}, {record['name']}: accuracy {100 * final['accuracy']:.2f} %, NLL {final['nll']:.4f}, "
+        f"ECE {100 * final['ece']:.2f} %, {record['wall_time_s']:.0f} s"
+    )
+
+
+def _complete(folder: Path, tasks: list[Task], console: Console) -> dict[Path, dict]:
+    """The records of the study that are there already, by their files; a damaged one is set aside."""
+    done = {}
+    for task in tasks:
+        path = task.path(folder)
+        if not path.exists():
+            continue
+        try:
+            record = read_record(path)
+        except ValueError as error:
+            if "record of format" in str(error):
+                raise
+            aside = next(p for i in range(1000) if not (p := path.with_suffix(f".corrupt-{i}")).exists())
+            path.rename(aside)
+            console.print(f"{error}; set aside as {aside.name}", soft_wrap=True, markup=False)
+            continue
+        before, now = record["config"], task.settings
+        for key in sorted({*before, *now} - set(_NOT_COMPARED)):
+            if before.get(key) != now.get(key):
+                raise ValueError(
+                    f"{path} is of another study: {key} is {before.get(key)} there and {now.get(key)} here; choose "
+                    "another --output_dir, or train it again with --overwrite"
+                )
+        done[path] = record
+    return done
+
+
+class _Worker:
+    """Holds the data, prepared once, and trains one run after the other."""
+
+    def __init__(self, words: list[str], recipes: Path, command: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.words, self.recipes, self.command = words, recipes, command
+        self.runs, _ = parse(words, recipes, "study")
+        self.data, self.splits = load(self.runs, Console(quiet=True))
+
+    def work(self, seed: int, method: int) -> dict:
+        runs, _ = parse([*self.words, f"--seed={seed}"], self.recipes, "study")  # the Trainer changes its arguments
+        run = runs[method]
+        with tempfile.TemporaryDirectory() as folder:
+            run.args.output_dir = folder
+            return fit(run, self.data, self.splits, self.command, callbacks=[], save_model=False)
+
+
+def _threads(study: Study) -> int:
+    return max(1, (os.cpu_count() or 1) // study.jobs)
+
+
+_worker: _Worker | None = None  # of a worker process
+
+
+def _start_worker(counter, gpus: int, *args) -> None:
+    global _worker
+    if gpus:  # before torch first asks for one
+        with counter.get_lock():
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(counter.value % gpus)
+            counter.value += 1
+    _worker = _Worker(*args)
+
+
+def _work(seed: int, method: int) -> dict:
+    return _worker.work(seed, method)
+
+
+def _in_processes(study: Study, waiting: list[Task]) -> Iterator[tuple[Task, dict | None, str]]:
+    # Not forked: torch's threads and CUDA do not survive that.
+    context = get_context("spawn")
+    arguments = (context.Value("i", 0), study.gpus, study.words, study.recipes, study.command, _threads(study))
+    pool = ProcessPoolExecutor(min(study.jobs, len(waiting)), context, _start_worker, arguments)
+    try:
+        futures = {pool.submit(_work, task.seed, task.method): task for task in waiting}
+        for future in as_completed(futures):
+            try:
+                yield futures[future], future.result(), ""
+            except BrokenProcessPool:
+                yield futures[future], None, "a worker process was killed (out of memory?); give the command again"
+            except Exception as error:  # of one run; the others go on
+                yield futures[future], None, f"{type(error).__name__}: {error}"
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _import_ray():
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("--executor ray needs Ray: pip install 'gd_plugin[ray]'") from None
+    return ray
+
+
+def _on_ray(study: Study, waiting: list[Task]) -> Iterator[tuple[Task, dict | None, str]]:
+    """One actor per job, each with its cores or its GPU; Ray finds the machines, and replaces a dead actor."""
+    ray = _import_ray()
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="ERROR")
+    threads = _threads(study)
+    resources = {"num_gpus": 1} if study.gpus else {"num_cpus": threads}
+    actor = ray.remote(max_restarts=3, max_task_retries=3, **resources)(_Worker)
+    # The recipe travels as words, since another machine need not have the file.
+    workers = [
+        actor.remote(study.words, study.recipes, study.command, threads) for _ in range(min(study.jobs, len(waiting)))
+    ]
+    tasks = iter(waiting)
+    running = {}
+    for worker in workers:
+        task = next(tasks)
+        running[worker.work.remote(task.seed, task.method)] = (task, worker)
+    while running:
+        (finished,), _ = ray.wait(list(running))
+        task, worker = running.pop(finished)
+        following = next(tasks, None)
+        if following is not None:
+            running[worker.work.remote(following.seed, following.method)] = (following, worker)
+        try:
+            yield task, ray.get(finished), ""
+        except Exception as error:  # of one run; the others go on
+            yield task, None, f"{type(error).__name__}: {error}"
