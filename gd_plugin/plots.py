@@ -1,4 +1,4 @@
-"""Pictures of run records: training curves and reliability diagrams. The only file that imports matplotlib.
+"""Pictures of run records: training curves and reliability diagrams; and what `study_plots` draws with.
 
 Figures are built without pyplot: no display is needed, and no global state or open figure is left behind.
 """
@@ -10,6 +10,7 @@ import os
 import textwrap
 from pathlib import Path
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -23,12 +24,13 @@ __all__ = ["plot_curves", "plot_reliability"]
 
 # Okabe and Ito's colours, told apart with any colour vision, without the yellow that is too pale for a line. From the
 # eighth record on they repeat with another line style.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _LINE_STYLES = ("-", "--", ":", "-.")
 # The bars of a reliability diagram, which hatches tell apart without colours too.
 _ACCURACY = {"facecolor": "#56B4E9", "edgecolor": "white", "linewidth": 0.5}
 _OVERCONFIDENT = {"facecolor": "#F6D9C9", "edgecolor": "#D55E00", "linewidth": 0.5, "hatch": "////"}
 _UNDERCONFIDENT = {"facecolor": "#56B4E9", "edgecolor": "#003F66", "linewidth": 0.5, "hatch": "...."}
+_FEW = 10  # a bin of fewer samples is drawn pale: its accuracy is chance
 _DIAGONAL = {"color": "black", "linestyle": "--", "linewidth": 1}
 
 # Title, label of y; then where the curve lies: the part of the record, the key of x, the keys of y (the first found).
@@ -62,11 +64,13 @@ def plot_curves(records: list[dict], path: str | os.PathLike) -> None:
         raise ValueError(f"{path}: nothing to draw, no record has a curve; train for at least one epoch")
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * max(columns, 1.3), 3.1 * rows + 0.3), layout=_layout())
+    figure = Figure(figsize=(4.2 * max(columns, 1.3), 3.1 * rows + 0.3), layout=layout())
     for place, (panel, curves) in enumerate(panels, 1):
         _draw_curves(figure.add_subplot(rows, columns, place), panel, curves)
-    _legend(figure, [Line2D([], [], **_line(i)) for i in range(len(records))], [record["name"] for record in records])
-    _save(figure, path)
+    legend(
+        figure, [Line2D([], [], **line_style(i)) for i in range(len(records))], [record["name"] for record in records]
+    )
+    save(figure, path)
 
 
 def plot_reliability(records: list[dict], path: str | os.PathLike) -> None:
@@ -90,7 +94,7 @@ def plot_reliability(records: list[dict], path: str | os.PathLike) -> None:
         raise ValueError(f"{path}: nothing to draw, no record has 'reliability'; give records of classification runs")
     columns = min(4, len(records))
     rows = -(-len(records) // columns)
-    figure = Figure(figsize=(3.3 * max(columns, 1.5), 4.2 * rows + 0.3), layout=_layout())
+    figure = Figure(figsize=(3.3 * max(columns, 1.5), 4.2 * rows + 0.3), layout=layout())
     axes = figure.subplots(2 * rows, columns, squeeze=False, sharex=True, sharey="row", height_ratios=[3, 1] * rows)
     for place in range(rows * columns):
         row, column = divmod(place, columns)
@@ -103,14 +107,15 @@ def plot_reliability(records: list[dict], path: str | os.PathLike) -> None:
         if column == 0:
             diagram.set_ylabel("accuracy")
             histogram.set_ylabel("samples")
-    legend = {
+    entries = {
         "accuracy": Patch(**_ACCURACY),
         "overconfident by": Patch(**_OVERCONFIDENT),
         "underconfident by": Patch(**_UNDERCONFIDENT),
+        f"pale: fewer than {_FEW} samples": Patch(facecolor="none", edgecolor="none"),
         "perfect calibration": Line2D([], [], **_DIAGONAL),
     }
-    _legend(figure, list(legend.values()), list(legend))
-    _save(figure, path)
+    legend(figure, list(entries.values()), list(entries))
+    save(figure, path)
 
 
 def _curve(record: dict, part: str, x: str, keys: tuple[str, ...]) -> list[tuple[float, float]]:
@@ -127,7 +132,9 @@ def _draw_curves(axes: Axes, panel: tuple, curves: list[list[tuple[float, float]
     title, y_label, part, x, keys = panel
     for i, points in enumerate(curves):
         # A marker shows a curve of one point too; a log has too many.
-        axes.plot([p[0] for p in points], [p[1] for p in points], marker="" if len(points) > 30 else "o", **_line(i))
+        axes.plot(
+            [p[0] for p in points], [p[1] for p in points], marker="" if len(points) > 30 else "o", **line_style(i)
+        )
     axes.set_title(title, fontsize=10.5)
     axes.set(xlabel="optimizer step" if x == "step" else x, ylabel=y_label)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
@@ -135,7 +142,7 @@ def _draw_curves(axes: Axes, panel: tuple, curves: list[list[tuple[float, float]
     if part == "log":
         _log_scale(axes, [y for points in curves for _, y in points])
     if keys[0] in ("eval_accuracy", "eval_ece"):
-        axes.yaxis.set_major_formatter(_percent)
+        axes.yaxis.set_major_formatter(percent)
 
 
 def _log_scale(axes: Axes, values: list[float]) -> None:
@@ -156,17 +163,18 @@ def _draw_reliability(diagram: Axes, histogram: Axes, record: dict) -> None:
     accuracy, confidence = [b["accuracy"] for b in bins], [b["confidence"] for b in bins]
     total = sum(b["count"] for b in bins)
 
-    diagram.bar(left, accuracy, width, align="edge", **_ACCURACY)
-    for low, size, a, c in zip(left, width, accuracy, confidence, strict=True):
-        diagram.bar(low, c - a, size, a, align="edge", **(_OVERCONFIDENT if c > a else _UNDERCONFIDENT))
+    for low, size, a, c, b in zip(left, width, accuracy, confidence, bins, strict=True):
+        alpha = 1.0 if b["count"] >= _FEW else 0.3
+        diagram.bar(low, a, size, align="edge", alpha=alpha, **_ACCURACY)
+        diagram.bar(low, c - a, size, a, align="edge", alpha=alpha, **(_OVERCONFIDENT if c > a else _UNDERCONFIDENT))
     diagram.plot([0, 1], [0, 1], **_DIAGONAL)
     diagram.set(xlim=(0, 1), ylim=(0, 1))
-    title = [_wrap(record["name"]), *_final_metrics(record.get("final") or {})]
+    title = [wrap(record["name"]), *_final_metrics(record.get("final") or {})]
     diagram.set_title("\n".join(title), fontsize=9.5, parse_math=False)
 
     histogram.bar(left, [b["count"] / total for b in bins], width, align="edge", color="0.5", edgecolor="white")
     histogram.set(xlabel="confidence", xticks=(0, 0.25, 0.5, 0.75, 1), xticklabels=("0", "0.25", "0.5", "0.75", "1"))
-    histogram.yaxis.set_major_formatter(_percent)
+    histogram.yaxis.set_major_formatter(percent)
     histogram.tick_params(labelbottom=True)
 
 
@@ -177,41 +185,48 @@ def _final_metrics(final: dict) -> list[str]:
     return [line for line in (", ".join(filter(None, (accuracy, ece))), gap) if line]
 
 
-def _line(i: int) -> dict:
+def line_style(i: int) -> dict:
+    """Of the i-th record in a picture."""
     return {
-        "color": _COLOURS[i % len(_COLOURS)],
-        "linestyle": _LINE_STYLES[i // len(_COLOURS) % len(_LINE_STYLES)],
+        "color": COLOURS[i % len(COLOURS)],
+        "linestyle": _LINE_STYLES[i // len(COLOURS) % len(_LINE_STYLES)],
         "linewidth": 1.6,
         "markersize": 3,
     }
 
 
-def _percent(value: float, _) -> str:
+def percent(value: float, _) -> str:
+    """A label of an axis of fractions."""
     return f"{100 * value:.4g}%"
 
 
-def _wrap(name: str) -> str:
+def wrap(name: str) -> str:
+    """A name of any length, in lines."""
     return "\n".join(textwrap.wrap(name, 40))
 
 
-def _legend(figure: Figure, handles: list, labels: list[str]) -> None:
+def legend(figure: Figure, handles: list, labels: list[str]) -> None:
     """A legend below all panels, where it covers no data."""
-    labels = [_wrap(label) for label in labels]
+    labels = [wrap(label) for label in labels]
     longest = max(len(line) for label in labels for line in label.split("\n"))
     columns = max(1, min(len(labels), int(figure.get_figwidth() * 12 / (longest + 6))))
-    legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9.5)
-    for text in legend.get_texts():
+    box = figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9.5)
+    for text in box.get_texts():
         text.set_parse_math(False)  # a name is other people's text: its dollar signs are no mathematics
 
 
-def _layout() -> ConstrainedLayoutEngine:
+def layout() -> ConstrainedLayoutEngine:
+    """With room between the panels."""
     return ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08)  # inches
 
 
-def _save(figure: Figure, path: str | os.PathLike) -> None:
+def save(figure: Figure, path: str | os.PathLike) -> None:
+    """Write a figure as .png or .svg, whole or not at all. Raises ``ValueError`` for another suffix."""
     suffix = Path(path).suffix.lower()
     if suffix not in (".png", ".svg"):
         raise ValueError(f"{path}: pictures are written as .png or .svg; give the file one of these suffixes")
     picture = io.BytesIO()
-    figure.savefig(picture, format=suffix[1:], dpi=150)
+    # The same bytes from the same records: an SVG otherwise holds the date and random names.
+    with matplotlib.rc_context({"svg.hashsalt": "gd_plugin"}):
+        figure.savefig(picture, format=suffix[1:], dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
     write_atomic(path, picture.getvalue())

@@ -19,6 +19,7 @@ from . import __version__
 
 __all__ = [
     "RECORD_FORMAT",
+    "STUDY_FILE",
     "environment",
     "epochs_from_log",
     "publishable",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 RECORD_FORMAT = 1
+STUDY_FILE = "study.json"  # beside the records of a study: its methods in their order, and its seeds
 
 _PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "numpy")
 _REQUIRED = ("name", "config", "seed", "dataset", "epochs", "final", "wall_time_s")

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .plots import plot_curves, plot_reliability
-from .record import read_record
+from .record import STUDY_FILE, read_record
 
 __all__ = ["draw", "main", "print_table"]
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         nargs="+",
         metavar="RUN",
         type=Path,
-        help="folder of a run of gd-plugin train or gd-plugin timm, or a folder of such folders",
+        help="folder of a run of gd-plugin train or gd-plugin timm, a folder of such folders, or of gd-plugin study",
     )
     parser.add_argument(
         "--output_dir",
@@ -43,6 +43,15 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--format", choices=("png", "svg"), default="png", help="of the pictures; default: %(default)s")
     options = parser.parse_args(argv)
+
+    console = Console(emoji=False)  # a name is other people's text
+    studies = [folder for folder in options.runs if (folder / STUDY_FILE).is_file()]
+    if studies:
+        if len(studies) < len(options.runs):
+            raise ValueError("studies and single runs cannot be compared; give one kind at a time")
+        for folder in studies:
+            _report_study(folder, console, options.format)
+        return 0
 
     once: dict[Path, Path] = {}  # however often a run is named
     for folder in (folder for run in options.runs for folder in _folders(run)):
@@ -55,7 +64,6 @@ def main(argv: list[str]) -> int:
         if len(parents) > 1:
             raise ValueError("these runs lie in different folders: say with --output_dir where their pictures go")
         output_dir = parents.pop()
-    console = Console(emoji=False)  # a name is other people's text
     for folder, record in zip(folders, records, strict=True):
         draw([record], folder, console, options.format)
     if output_dir:
@@ -73,6 +81,14 @@ def main(argv: list[str]) -> int:
             )
     console.print(f"Pictures (curves, reliability): {output_dir or folders[0]}/", soft_wrap=True, markup=False)
     return 0
+
+
+def _report_study(folder: Path, console: Console, suffix: str) -> None:
+    try:
+        from .study_report import report
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the report of a study needs {error.name}: pip install 'gd_plugin[study]'") from None
+    report(folder, console, suffix)
 
 
 class _Parser(argparse.ArgumentParser):

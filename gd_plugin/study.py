@@ -27,12 +27,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .arguments import Run, parse
 from .fit import fit
-from .record import RECORD_FORMAT, publishable, publishable_words, read_record, write_json
+from .record import RECORD_FORMAT, STUDY_FILE, publishable, publishable_words, read_record, write_json
+from .study_report import report
 from .train import check_runs, load
 
-__all__ = ["STUDY_FILE", "Study", "prepare"]
+__all__ = ["Study", "prepare"]
 
-STUDY_FILE = "study.json"
+
 # What differs between machines and not between results.
 _NOT_COMPARED = ("data_dir", "label_column", "use_cpu", "dataloader_num_workers")
 _USAGE = """usage: gd-plugin study RECIPE [--seeds N] [--jobs N] [--executor process|ray] [--flag value ...]
@@ -162,7 +163,7 @@ class Study:
             return 130
         for task, reason in failed:
             self.console.print(f"failed: seed {task.seed}, {task.run.name}: {reason}", soft_wrap=True, markup=False)
-        self.console.print(f"Records: {self.folder}/", soft_wrap=True, markup=False)
+        report(self.folder, self.console)
         return 1 if failed else 0
 
     def _train(self, waiting: list[Task]) -> list[tuple[Task, str]]:
@@ -186,7 +187,7 @@ class Study:
                     path = task.path(self.folder)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_json(path, record)
-                    progress.print(_line(record), markup=False)
+                    progress.print(_line(record), markup=False, soft_wrap=True)
                 progress.advance(bar)
         return failed
 

@@ -56,7 +56,7 @@ def draw(monkeypatch):
 
     def draw(function, records) -> Figure:
         figures = []
-        monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+        monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
         function(records, "unused.png")
         return figures[0]
 

@@ -1,0 +1,197 @@
+"""From the records of a study to its numbers: n, mean, deviation, paired differences to the baseline."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from .record import RECORD_FORMAT, STUDY_FILE, read_record
+
+__all__ = ["COLUMNS", "Method", "StudyResults", "Summary", "read_study"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of a record: what it is called, and how it is shown."""
+
+    title: str
+    scale: float
+    digits: int
+    signed: bool = False
+
+
+# Of a record's `final`; `temperature/` of what was calibrated with the validation split's temperature; and
+# `epochs_to_` the baseline's final training cross-entropy or validation accuracy of the same seed.
+COLUMNS = {
+    "accuracy": Column("accuracy %", 100, 2),
+    "nll": Column("NLL", 1, 4),
+    "brier": Column("Brier", 1, 4),
+    "ece": Column("ECE %", 100, 2),
+    "adaptive_ece": Column("adaptive ECE %", 100, 2),
+    "mce": Column("MCE %", 100, 1),
+    "confidence_gap": Column("gap %", 100, 2, signed=True),
+    "temperature/nll": Column("NLL, temperature", 1, 4),
+    "temperature/ece": Column("ECE %, temperature", 100, 2),
+    "vector/nll": Column("NLL, vector scaling", 1, 4),
+    "vector/ece": Column("ECE %, vector scaling", 100, 2),
+    "epochs_to_loss": Column("epochs to the baseline's final training cross-entropy", 1, 1),
+    "epochs_to_accuracy": Column("epochs to the baseline's final validation accuracy", 1, 1),
+}
+
+
+@dataclass
+class Summary:
+    """One metric of one method. NaN where there is no such number: a deviation of one run, a p-value of equal runs."""
+
+    values: dict[int, float]  # by seed, those that are finite
+    n: int = 0
+    mean: float = math.nan
+    sd: float = math.nan  # with n - 1
+    difference: float = math.nan  # to the baseline, mean over the seeds that both have
+    low: float = math.nan  # 95% interval of the difference, Student's t
+    high: float = math.nan
+    p: float = math.nan  # two-sided paired t-test
+    q: float = math.nan  # p, corrected for the number of methods (Benjamini and Hochberg 1995)
+
+
+@dataclass
+class Method:
+    """All runs of one method."""
+
+    name: str
+    records: dict[int, dict]  # by seed
+    summaries: dict[str, Summary] = field(default_factory=dict)  # by key of COLUMNS
+
+    @property
+    def gd(self) -> dict[str, Any]:
+        """The knobs of the loss."""
+        return next(iter(self.records.values()))["gd"]
+
+    @property
+    def family(self) -> str:
+        """``"fixed beta"``, ``"warm-up"``, or ``"other loss"``."""
+        record = next(iter(self.records.values()))
+        if record.get("loss", "gd") != "gd" or "label_smoothing_factor" in record["config"]:
+            return "other loss"
+        return "fixed beta" if record["gd"]["beta_start"] is None else "warm-up"
+
+
+@dataclass
+class StudyResults:
+    dataset: str
+    tested_on: str
+    methods: list[Method]  # the first is the baseline
+    seeds: list[int]
+    missing: int  # runs that were asked for and have no record
+    command: str
+
+    @property
+    def baseline(self) -> Method:
+        return self.methods[0]
+
+
+def read_study(folder: Path) -> StudyResults:
+    """Read the records of a study, finished or not, and sum them up.
+
+    Raises:
+        ValueError: no study, a damaged or foreign file, or no run of the first method yet; one line.
+    """
+    path = folder / STUDY_FILE
+    try:
+        asked = json.loads(path.read_bytes())
+        names, seeds = list(asked["methods"]), list(asked["seeds"])
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no {STUDY_FILE}; give the output folder of gd-plugin study") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}); give the study's command again"
+        ) from None
+    if asked.get("format") != RECORD_FORMAT:
+        raise ValueError(f"{path} has format {asked.get('format')!r}, this version reads {RECORD_FORMAT}")
+
+    found: dict[str, dict[int, dict]] = {name: {} for name in names}
+    for seed in seeds:
+        for file in sorted((folder / f"seed-{seed}").glob("*.json")):
+            record = read_record(file)
+            if record["name"] in found:
+                if record["seed"] != seed:
+                    raise ValueError(f"{file} is of seed {record['seed']}; it was moved, move it back")
+                found[record["name"]][seed] = record
+    methods = [Method(name, records) for name, records in found.items() if records]
+    if not methods or methods[0].name != names[0]:
+        raise ValueError(f"{folder} has no run of {names[0]!r} yet, with which the others are compared; let it go on")
+    _summarise(methods)
+    described = next(iter(methods[0].records.values()))["dataset"]
+    total = sum(len(method.records) for method in methods)
+    return StudyResults(
+        dataset=described["name"],
+        tested_on=described["tested_on"],
+        methods=methods,
+        seeds=seeds,
+        missing=len(names) * len(seeds) - total,
+        command=str(asked.get("command", "")),
+    )
+
+
+def _summarise(methods: list[Method]) -> None:
+    baseline = methods[0]
+    for key in COLUMNS:
+        for method in methods:
+            method.summaries[key] = _summary(key, method, baseline)
+        compared = [m.summaries[key] for m in methods[1:] if not math.isnan(m.summaries[key].p)]
+        if compared:
+            for summary, q in zip(compared, stats.false_discovery_control([s.p for s in compared]), strict=True):
+                summary.q = float(q)
+
+
+def _summary(key: str, method: Method, baseline: Method) -> Summary:
+    values = {seed: _value(key, record, baseline.records.get(seed)) for seed, record in method.records.items()}
+    values = {seed: value for seed, value in values.items() if value is not None and math.isfinite(value)}
+    summary = Summary(values, n=len(values))
+    if values:
+        summary.mean = float(np.mean(list(values.values())))
+    if len(values) > 1:
+        summary.sd = float(np.std(list(values.values()), ddof=1))
+    if method is baseline:
+        return summary
+    of_baseline = baseline.summaries[key].values
+    differences = [values[seed] - of_baseline[seed] for seed in values if seed in of_baseline]
+    if differences:
+        summary.difference = float(np.mean(differences))
+    if len(differences) > 1 and np.ptp(differences) > 0:
+        test = stats.ttest_1samp(differences, 0.0)
+        interval = test.confidence_interval(0.95)
+        summary.p, summary.low, summary.high = float(test.pvalue), float(interval.low), float(interval.high)
+    return summary
+
+
+def _value(key: str, record: dict, of_baseline: dict | None) -> float | None:
+    """The number in one record, or None."""
+    if key == "epochs_to_loss":
+        return _epochs_to(record, of_baseline, "cross_entropy", lower_is_better=True)
+    if key == "epochs_to_accuracy":
+        return _epochs_to(record, of_baseline, "eval_accuracy", lower_is_better=False)
+    if "/" in key:
+        calibration, key = key.split("/")
+        return ((record.get("calibrated") or {}).get(calibration) or {}).get(key)
+    return record["final"].get(key)
+
+
+def _epochs_to(record: dict, of_baseline: dict | None, key: str, lower_is_better: bool) -> float | None:
+    """The first epoch that is as good as the baseline's last one; None where there is none."""
+    if of_baseline is None or not of_baseline["epochs"]:
+        return None
+    goal = of_baseline["epochs"][-1].get(key)
+    if goal is None:
+        return None
+    for entry in record["epochs"]:
+        value = entry.get(key)
+        if value is not None and (value <= goal if lower_is_better else value >= goal):
+            return entry["epoch"]
+    return None

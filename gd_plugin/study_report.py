@@ -1,0 +1,242 @@
+"""The report of a study: tables as Markdown and CSV, pictures, and one page that holds them all."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .record import write_atomic
+from .stats import COLUMNS, StudyResults, Summary, read_study
+from .study_plots import plot_accuracy_ece, plot_loss, plot_study_reliability, plot_warmup
+
+__all__ = ["csv_table", "markdown_tables", "report"]
+
+# Tables of the report: title, and the columns by their keys.
+_RESULTS = ("accuracy", "nll", "brier", "ece", "adaptive_ece", "mce", "confidence_gap")
+_COMPARED = ("accuracy", "nll", "ece")
+_CALIBRATED = ("nll", "temperature/nll", "vector/nll", "ece", "temperature/ece", "vector/ece")
+_SPEED = ("epochs_to_loss", "epochs_to_accuracy")
+_PICTURES: dict[str, tuple[str, Callable]] = {
+    "loss": ("Training loss", plot_loss),
+    "accuracy_ece": ("Accuracy against calibration error", plot_accuracy_ece),
+    "reliability": ("Reliability, seeds pooled", plot_study_reliability),
+    "warmup": ("Start and length of the warm-up", plot_warmup),
+}
+
+
+def report(folder: Path, console: Console, suffix: str = "png") -> StudyResults:
+    """Write ``table.md``, ``table.csv``, the pictures and ``index.html`` into a study's folder, and print the table.
+
+    Args:
+        suffix: of the pictures, ``"png"`` or ``"svg"``.
+
+    Raises:
+        ValueError: as `gd_plugin.stats.read_study`.
+        OSError: the folder cannot be written to.
+    """
+    study = read_study(folder)
+    write_atomic(folder / "table.md", markdown_tables(study))
+    write_atomic(folder / "table.csv", csv_table(study))
+    pictures = {}
+    for name, (title, plot) in _PICTURES.items():
+        path = folder / f"{name}.{suffix}"
+        try:
+            plot(study, path)
+        except ValueError as error:  # nothing of that kind in this study
+            console.print(str(error), soft_wrap=True, markup=False)
+        else:
+            pictures[title] = path
+    write_atomic(folder / "index.html", _page(study, pictures))
+    _print(study, console)
+    console.print(f"Tables, pictures and a page with all of it: {folder}/index.html", soft_wrap=True, markup=False)
+    return study
+
+
+def markdown_tables(study: StudyResults) -> str:
+    """All tables with their captions, as GitHub shows them. The same records give the same bytes."""
+    parts = [_title(study), *_notes(study)]
+    for title, head, rows in _tables(study):
+        lines = [f"## {title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        parts.append("\n".join([*lines, *(f"| {' | '.join(map(_markdown, row))} |" for row in rows)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def csv_table(study: StudyResults) -> str:
+    """One line per method and metric, with the raw value of every seed; fractions, not percent."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    names = ("n", "mean", "sd", "difference", "low", "high", "p", "q")
+    table.writerow(["method", "metric", *names, *(f"seed {seed}" for seed in study.seeds)])
+    for method in study.methods:
+        for key, summary in method.summaries.items():
+            numbers = [getattr(summary, name) for name in names] + [summary.values.get(seed) for seed in study.seeds]
+            table.writerow([method.name, key, *(_exact(number) for number in numbers)])
+    return text.getvalue()
+
+
+def mean_and_sd(key: str, summary: Summary) -> str:
+    """``98.61 ± 0.20``, the mean alone of one run, ``-`` of none."""
+    column = COLUMNS[key]
+    if not summary.n:
+        return "-"
+    text = _number(summary.mean * column.scale, column.digits, column.signed)
+    return text if math.isnan(summary.sd) else f"{text} ± {summary.sd * column.scale:.{column.digits}f}"
+
+
+def _tables(study: StudyResults) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, head and rows of every table, in plain text."""
+    results = [
+        [m.name, str(len(m.records)), *(mean_and_sd(key, m.summaries[key]) for key in _RESULTS)] for m in study.methods
+    ]
+    compared = [[m.name, *(_difference(key, m.summaries[key]) for key in _COMPARED)] for m in study.methods[1:]]
+    calibrated = [[m.name, *(mean_and_sd(key, m.summaries[key]) for key in _CALIBRATED)] for m in study.methods]
+    speed = [[m.name, *(_reached(key, m.summaries[key], len(m.records)) for key in _SPEED)] for m in study.methods]
+    base = study.baseline.name
+    return [
+        ("Results", ["method", "n", *_titles(_RESULTS)], results),
+        (f"Difference to {base}", ["method", *_titles(_COMPARED)], compared),
+        ("After calibration on the validation split", ["method", *_titles(_CALIBRATED)], calibrated),
+        ("Epochs", ["method", *(COLUMNS[key].title.replace("the baseline", base) for key in _SPEED)], speed),
+    ]
+
+
+def _titles(keys: tuple[str, ...]) -> list[str]:
+    return [COLUMNS[key].title for key in keys]
+
+
+def _title(study: StudyResults) -> str:
+    return f"# {_markdown(study.dataset)}, split: {_markdown(study.tested_on)}"
+
+
+def _notes(study: StudyResults) -> list[str]:
+    record = next(iter(study.baseline.records.values()))
+    epochs = f"{record['epochs'][-1]['epoch']:g}" if record["epochs"] else "0"
+    model, versions, hardware = record.get("model", {}), record.get("versions", {}), record.get("hardware", {})
+    described = (
+        f"`{model.get('name')}`, {model.get('parameters', 0):,} weights, {record['dataset']['train']:,} training "
+        f"samples, {epochs} epochs, evaluated after the last one on {record['dataset']['test']:,} samples. "
+        f"torch {versions.get('torch')}, transformers {versions.get('transformers')}, timm {versions.get('timm')}; "
+        f"{', '.join(hardware.get('gpu') or []) or hardware.get('cpu')}. `{study.command}`"
+    )
+    notes = [
+        described,
+        "Mean ± standard deviation over the seeds. gap: confidence minus accuracy, positive is overconfident. ECE: 15 "
+        "bins of equal width; adaptive: of equal mass.",
+    ]
+    if len(study.seeds) > 1:
+        notes.append(
+            f"Differences to {study.baseline.name} are paired by seed: mean (95% interval, Student's t) and q, the "
+            "p-value of the paired t-test corrected for the number of methods (Benjamini-Hochberg). Few seeds find "
+            "only large differences."
+        )
+    else:
+        notes.append("One seed: no deviations, intervals or p-values can be given, and differences may be chance.")
+    if study.missing:
+        notes.append(f"**{study.missing} runs are missing: the study was stopped, or some of its runs failed.**")
+    diverged = [f"{m.name} ({len(m.records) - m.summaries['nll'].n})" for m in study.methods if _diverged(m)]
+    if diverged:
+        notes.append(f"**Diverged, and left out of the means: {_markdown(', '.join(diverged))}.**")
+    return notes
+
+
+def _diverged(method) -> bool:
+    return method.summaries["nll"].n < len(method.records)
+
+
+def _difference(key: str, summary: Summary) -> str:
+    column = COLUMNS[key]
+    if math.isnan(summary.difference):
+        return "-"
+    mean, low, high = (
+        _number(v * column.scale, column.digits, True) for v in (summary.difference, summary.low, summary.high)
+    )
+    return mean if math.isnan(summary.p) else f"{mean} ({low} to {high}), q {_p(summary.q)}"
+
+
+def _reached(key: str, summary: Summary, runs: int) -> str:
+    """A run that never got there has no number of epochs: how many did is then said."""
+    if not summary.n:
+        return "never"
+    return mean_and_sd(key, summary) + ("" if summary.n == runs else f" ({summary.n} of {runs})")
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _number(value: float, digits: int, signed: bool) -> str:
+    text = f"{value:{'+' if signed else ''}.{digits}f}"
+    return text.replace("-", "+" if signed else "") if float(text) == 0 else text  # no minus before a zero
+
+
+def _exact(number: float | int | None) -> str:
+    return "" if number is None or (isinstance(number, float) and math.isnan(number)) else repr(number)
+
+
+def _markdown(text: str) -> str:
+    """Names are other people's text: no cell, tag or link of theirs."""
+    text = " ".join(text.split())
+    for character in "\\|`*_[]<>":
+        text = text.replace(character, f"\\{character}")
+    return text
+
+
+def _print(study: StudyResults, console: Console) -> None:
+    table = Table(title=escape(f"{study.dataset}, split: {study.tested_on}"))
+    keys = ("accuracy", "nll", "ece")  # what 80 columns hold
+    for i, title in enumerate(("method", "n", *_titles(keys))):
+        table.add_column(title, justify="right" if i else "left", overflow="fold", no_wrap=bool(i))
+    for method in study.methods:
+        cells = [mean_and_sd(key, method.summaries[key]) for key in keys]
+        table.add_row(escape(method.name), str(len(method.records)), *cells)
+    console.print(table)
+    for note in _notes(study)[1:]:
+        console.print(note.replace("**", ""), soft_wrap=True, markup=False)
+
+
+def _page(study: StudyResults, pictures: dict[str, Path]) -> str:
+    """One file without anything outside it: it can be mailed, and opened without a network."""
+    title = html.escape(f"{study.dataset}: beta of the gradient-decay loss")
+    body = [f"<h1>{title}</h1>"]
+    body += [f"<p>{html.escape(note.replace('**', '').replace('`', ''))}</p>" for note in _notes(study)]
+    for name, head, rows in _tables(study):
+        cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+        lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+        body.append(f"<h2>{html.escape(name)}</h2><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>")
+    for name, path in pictures.items():
+        kind = "svg+xml" if path.suffix == ".svg" else "png"
+        data = base64.b64encode(path.read_bytes()).decode()
+        body.append(
+            f'<h2>{html.escape(name)}</h2><img alt="{html.escape(name)}" src="data:image/{kind};base64,{data}">'
+        )
+    return _HTML.format(title=title, body="\n".join(body))
+
+
+_HTML = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums }}
+th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }}
+th:first-child, td:first-child {{ text-align: left }}
+img {{ max-width: 100% }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
