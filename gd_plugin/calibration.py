@@ -19,19 +19,25 @@ def fit_temperature(logits: Tensor, target: Tensor) -> float:
     Raises:
         ValueError: no sample, or logits that are not finite.
 
-    The NLL is convex in 1 / T; where it has no minimum (every sample is right) T stays at the end of [1/100, 100].
+    The NLL is convex in 1 / T. Where every sample is right it has no minimum, T would tend to 0, and the samples say
+    nothing about overconfidence: T is then 1.
     """
     logits = _checked(logits)
+    if (logits.argmax(1) == target).all():
+        return 1.0
     log_scale = _minimise(lambda s: F.cross_entropy(logits * s.exp(), target), torch.zeros((), dtype=torch.float64))
-    return 1 / log_scale.exp().clamp(0.01, 100).item()
+    return (-log_scale).exp().item()
 
 
 def fit_vector_scaling(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and bias per class, shapes (C), for which ``logits * scale + bias`` has the smallest NLL (Guo et al. 2017).
 
-    Arguments and errors as `fit_temperature`. A ridge of 1e-4 on what differs from 1 and 0 keeps it finite.
+    Arguments and errors as `fit_temperature`; 1 and 0 where every sample is right. A ridge of 1e-4 on the difference
+    to these keeps it finite where a class is always right.
     """
     logits = _checked(logits)
+    if (logits.argmax(1) == target).all():
+        return logits.new_ones(logits.shape[1]), logits.new_zeros(logits.shape[1])
     start = torch.zeros(2, logits.shape[1], dtype=torch.float64)
     difference = _minimise(
         lambda d: F.cross_entropy(logits * (1 + d[0]) + d[1], target) + 1e-4 * d.square().sum(), start
