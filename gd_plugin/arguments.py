@@ -104,8 +104,8 @@ class ModelArguments:
     )
     loss: Literal["gd", "focal", "poly1"] = HfArg(
         default="gd",
-        help="gd, the gradient-decay loss, or to compare it with: focal (Lin et al. 2017, gamma 2) and poly1 (Leng et "
-        "al. 2022, epsilon 2, needs timm >= 1.0.31).",
+        help="The training loss: gd, the gradient-decay loss, or to compare it with: focal (Lin et al. "
+        "2017, gamma 2) and poly1 (Leng et al. 2022, epsilon 2, needs timm >= 1.0.31).",
     )
 
 
@@ -119,6 +119,9 @@ class RunArguments:
         default=None,
         help="Several runs side by side, JSON of name -> what differs: "
         '\'{"ce": {"gd_beta": 1}, "gd": {"gd_beta": 5}}\'.',
+    )
+    trace_samples: int = HfArg(
+        default=0, help="Follow this many training samples epoch by epoch, for `gd-plugin diagnose`."
     )
     study: str | None = HfArg(default=None, help="The methods that `gd-plugin study` compares, in the form of --runs.")
     methods: list[str] | None = HfArg(default=None, help="Of --study, only these methods, by name.")
@@ -135,6 +138,7 @@ class Run:
     settings: dict[str, Any]
     data: DataArguments
     model: ModelArguments
+    trace_samples: int = 0
 
     @property
     def folder(self) -> Path:
@@ -210,7 +214,7 @@ def parse(argv: list[str], recipes: Path, grid: str = "runs") -> tuple[list[Run]
         folders.add(folder)
         of_run = words + _flags(differences, parser, f"{grid}: {name}") + [f"--output_dir={folder}"]
         try:
-            data, model, _, args = parser.parse_args_into_dataclasses(of_run, look_for_args_file=False)
+            data, model, what, args = parser.parse_args_into_dataclasses(of_run, look_for_args_file=False)
         except ValueError as error:
             raise ValueError(f"{grid}: {name}: {error}" if differences else str(error)) from None
         if model.loss != "gd" and (args.gd_config != GradientDecayConfig() or args.label_smoothing_factor):
@@ -220,7 +224,9 @@ def parse(argv: list[str], recipes: Path, grid: str = "runs") -> tuple[list[Run]
             )
         values = vars(parser.parse_args(of_run)).items()
         settings = {k: v for k, v in values if v != defaults[k] and k not in NOT_SETTINGS}
-        runs.append(Run(name if given is not None else _describe(args, model), args, settings, data, model))
+        runs.append(
+            Run(name if given is not None else _describe(args, model), args, settings, data, model, what.trace_samples)
+        )
     return runs, options
 
 

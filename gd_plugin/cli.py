@@ -18,8 +18,9 @@ usage: gd-plugin COMMAND [...]
                                       gd-plugin timm TRAIN_PY --help  timm's flags and ours
                                       torchrun --nproc-per-node 2 -m gd_plugin.timm TRAIN_PY ...
   study RECIPE [--seeds N] [--jobs N] every method of a recipe with several seeds, and their statistics
-                                      gd-plugin study digits          sixteen methods, five seeds
+                                      gd-plugin study digits          twenty-two methods, five seeds
   report RUN_OR_STUDY [...]           draw and compare what either command left
+  diagnose RUNS                       curriculum, features and smoothness of runs trained with --trace_samples
 
 options: --help, --version
 """
@@ -114,7 +115,16 @@ def _report(argv: list[str]) -> int:
         return _fail(str(error))
 
 
-COMMANDS = {"train": _train, "study": _study, "timm": _timm, "report": _report}
+def _diagnose(argv: list[str]) -> int:
+    from . import diagnose
+
+    try:
+        return diagnose.main(argv)
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+
+
+COMMANDS = {"train": _train, "study": _study, "timm": _timm, "report": _report, "diagnose": _diagnose}
 
 
 def recipes_folder() -> Path:

@@ -19,6 +19,7 @@ from .hf import GradientDecayTrainer
 from .metrics import classification_metrics
 from .models import build_model
 from .record import RECORD_FORMAT, environment, epochs_from_log, publishable
+from .trace import Tracer
 
 __all__ = ["Interrupted", "fit"]
 
@@ -44,7 +45,7 @@ def fit(
         splits: training, validation and test split, prepared for the model.
         command: what a reader of the record is to type.
         checkpoint: folder to go on from.
-        save_model: into the run's folder.
+        save_model: into the run's folder, and beside it what was traced.
 
     Raises:
         Interrupted: a callback ended training before its time.
@@ -72,6 +73,10 @@ def fit(
     )
     trainer.augmentation = run.data.augmentation if images else "none"
     trainer.remove_callback(PrinterCallback)  # its lines would tear the progress bar
+    tracer = Tracer(run.trace_samples) if run.trace_samples and save_model else None
+    if tracer:
+        checkpoint = None  # what was traced before it is lost: from the beginning
+        tracer.attach(trainer, splits[2])
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.control.should_training_stop and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
@@ -80,6 +85,8 @@ def fit(
         )
     if save_model:
         trainer.save_model()
+    if tracer:
+        tracer.save(run.folder)
     log = list(trainer.state.log_history)
     _, validation = trainer.evaluate_and_keep(splits[1], "eval")
     final, test = trainer.evaluate_and_keep(splits[2], "test")

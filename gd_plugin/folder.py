@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from .arguments import Run
-from .record import read_record
+from .record import TRACE_FILE, read_record
 
 __all__ = ["SETTINGS_FILE", "check_folder", "last_whole_checkpoint", "remove_run"]
 
@@ -80,5 +80,5 @@ def remove_run(folder: Path) -> None:
     (folder / "record.json").unlink(missing_ok=True)
     for checkpoint in _checkpoints(folder):
         shutil.rmtree(checkpoint)
-    for name in (SETTINGS_FILE, "curves.png", "reliability.png"):
+    for name in (SETTINGS_FILE, TRACE_FILE, "curves.png", "reliability.png"):
         (folder / name).unlink(missing_ok=True)

@@ -200,9 +200,9 @@ def percent(value: float, _) -> str:
     return f"{100 * value:.4g}%"
 
 
-def wrap(name: str) -> str:
-    """A name of any length, in lines."""
-    return "\n".join(textwrap.wrap(name, 40))
+def wrap(name: str, width: int = 40) -> str:
+    """A name of any length, in lines of so many characters."""
+    return "\n".join(textwrap.wrap(name, width))
 
 
 def legend(figure: Figure, handles: list, labels: list[str]) -> None:

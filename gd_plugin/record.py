@@ -20,6 +20,7 @@ from . import __version__
 __all__ = [
     "RECORD_FORMAT",
     "STUDY_FILE",
+    "TRACE_FILE",
     "environment",
     "epochs_from_log",
     "publishable",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 RECORD_FORMAT = 1
+TRACE_FILE = "trace.npz"  # beside the record of a run that was traced for gd-plugin diagnose
 STUDY_FILE = "study.json"  # beside the records of a study: its methods in their order, and its seeds
 
 _PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "numpy")

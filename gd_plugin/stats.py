@@ -106,6 +106,8 @@ def read_study(folder: Path) -> StudyResults:
     try:
         asked = json.loads(path.read_bytes())
         names, seeds = list(asked["methods"]), list(asked["seeds"])
+        if not names:
+            raise ValueError("it names no method")
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no {STUDY_FILE}; give the output folder of gd-plugin study") from None
     except (ValueError, TypeError, KeyError) as error:
@@ -161,10 +163,13 @@ def _summary(key: str, method: Method, baseline: Method) -> Summary:
     if method is baseline:
         return summary
     of_baseline = baseline.summaries[key].values
-    differences = [values[seed] - of_baseline[seed] for seed in values if seed in of_baseline]
+    seeds = [seed for seed in values if seed in of_baseline]
+    differences = [values[seed] - of_baseline[seed] for seed in seeds]
     if differences:
         summary.difference = float(np.mean(differences))
-    if len(differences) > 1 and np.ptp(differences) > 0:
+    # 0.3 - 0.1 and 0.4 - 0.2 differ by rounding alone, and would have a p-value of 1e-16.
+    rounding = 1e-12 * max((abs(value) for seed in seeds for value in (values[seed], of_baseline[seed])), default=0)
+    if len(differences) > 1 and np.ptp(differences) > rounding:
         test = stats.ttest_1samp(differences, 0.0)
         interval = test.confidence_interval(0.95)
         summary.p, summary.low, summary.high = float(test.pvalue), float(interval.low), float(interval.high)

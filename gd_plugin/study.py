@@ -13,11 +13,12 @@ import os
 import shlex
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,8 @@ def _start_worker(counter, gpus: int, *args) -> None:
         with counter.get_lock():
             os.environ["CUDA_VISIBLE_DEVICES"] = str(counter.value % gpus)
             counter.value += 1
+    # A pool's worker does not notice that the study was killed, and would train what nobody waits for.
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     _worker = _Worker(*args)
 
 

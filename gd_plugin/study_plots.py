@@ -8,9 +8,9 @@ import os
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from .plots import COLOURS, layout, legend, line_style, percent, plot_reliability, save
+from .plots import COLOURS, layout, legend, line_style, percent, plot_reliability, save, wrap
 from .stats import Method, StudyResults
 
 __all__ = ["plot_accuracy_ece", "plot_loss", "plot_study_reliability", "plot_warmup"]
@@ -34,16 +34,20 @@ def plot_loss(study: StudyResults, path: str | os.PathLike) -> None:
     if not any(len(curve) for curve in curves.values()):
         raise ValueError(f"{path}: nothing to draw, no record has a training curve; train for at least one epoch")
     rows = len(families)
-    figure = Figure(figsize=(8.4, 3.4 * rows), layout=layout())
+    names = [[wrap(method.name) for method in [study.baseline, *methods]] for _, methods in families]
+    lines = max("\n".join(group).count("\n") + 1 for group in names)  # of the longest legend
+    figure = Figure(figsize=(8.4, max(3.4, 0.8 + 0.2 * lines) * rows), layout=layout())
     for place, (family, methods) in enumerate(families, 1):
         axes = figure.add_subplot(rows, 1, place)
+        handles, labels = [], []
         for i, method in enumerate([study.baseline, *methods]):
             curve = curves[method.name]
             if not len(curve):
                 continue
             epoch, mean, low, high = curve.T
             style = _BASELINE if i == 0 else _style(i - 1)
-            axes.plot(epoch, mean, label=method.name, **style)
+            handles += axes.plot(epoch, mean, **style)
+            labels.append(names[place - 1][i])
             axes.fill_between(epoch, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axes.set_title(f"Training cross-entropy, {family} (lower is better)", fontsize=10.5)
         axes.set(xlabel="epoch", ylabel="nats")
@@ -51,7 +55,8 @@ def plot_loss(study: StudyResults, path: str | os.PathLike) -> None:
             axes.set_yscale("log")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.grid(alpha=0.3)
-        box = axes.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        # Given by hand: matplotlib shows no label of its own accord that begins with an underscore.
+        box = axes.legend(handles, labels, fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
         for text in box.get_texts():
             text.set_parse_math(False)
     save(figure, path)
@@ -60,12 +65,14 @@ def plot_loss(study: StudyResults, path: str | os.PathLike) -> None:
 def plot_accuracy_ece(study: StudyResults, path: str | os.PathLike) -> None:
     """Accuracy against ECE (log scale) of every method: mean and standard deviation over the seeds.
 
+    The scale is linear where a method has an ECE of 0.
+
     Raises:
         ValueError: no method has both, or another suffix than .png or .svg.
     """
     figure = Figure(figsize=(8.4, 6.2), layout=layout())
     axes = figure.add_subplot()
-    handles, labels = [], []
+    handles, labels, least = [], [], math.inf
     for i, method in enumerate(study.methods):
         accuracy, ece = method.summaries["accuracy"], method.summaries["ece"]
         if not (accuracy.n and ece.n):
@@ -80,12 +87,19 @@ def plot_accuracy_ece(study: StudyResults, path: str | os.PathLike) -> None:
         )  # fmt: skip
         handles.append(Line2D([], [], marker=marker, color=colour, markerfacecolor=face, linestyle=""))
         labels.append(method.name)
+        least = min(least, ece.mean)
     if not handles:
         raise ValueError(f"{path}: nothing to draw, no run has an accuracy and an ECE")
-    axes.set_title(f"{study.dataset}, {study.tested_on} (best is top left)", fontsize=10.5, parse_math=False)
-    axes.set(xlabel="ECE (log scale)", ylabel="accuracy", xscale="log")
-    axes.xaxis.set_minor_formatter(percent)
-    axes.tick_params(axis="x", which="minor", labelsize=8)
+    title = wrap(f"{study.dataset}, {study.tested_on} (best is top left)", 90)
+    axes.set_title(title, fontsize=10.5, parse_math=False)
+    axes.set(xlabel="ECE", ylabel="accuracy")
+    if least > 0:
+        axes.set(xlabel="ECE (log scale)", xscale="log")
+        low, high = axes.get_xlim()
+        # As many labels between the powers of ten as there is room for.
+        axes.xaxis.set_minor_locator(LogLocator(subs=range(2, 10) if high < 10 * low else (2, 5)))
+        axes.xaxis.set_minor_formatter(percent if high < 1000 * low else NullFormatter())
+        axes.tick_params(axis="x", which="minor", labelsize=8)
     axes.xaxis.set_major_formatter(percent)
     axes.yaxis.set_major_formatter(percent)
     axes.grid(alpha=0.3)

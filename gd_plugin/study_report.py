@@ -7,18 +7,19 @@ import csv
 import html
 import io
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from .record import write_atomic
-from .stats import COLUMNS, StudyResults, Summary, read_study
+from .stats import COLUMNS, Method, StudyResults, Summary, read_study
 from .study_plots import plot_accuracy_ece, plot_loss, plot_study_reliability, plot_warmup
 
-__all__ = ["csv_table", "markdown_tables", "report"]
+__all__ = ["csv_table", "difference", "markdown_tables", "mean_and_sd", "names_in_markdown", "report"]
 
 # Tables of the report: title, and the columns by their keys.
 _RESULTS = ("accuracy", "nll", "brier", "ece", "adaptive_ece", "mce", "confidence_gap")
@@ -63,10 +64,11 @@ def report(folder: Path, console: Console, suffix: str = "png") -> StudyResults:
 
 def markdown_tables(study: StudyResults) -> str:
     """All tables with their captions, as GitHub shows them. The same records give the same bytes."""
-    parts = [_title(study), *_notes(study)]
+    title = f"# {names_in_markdown(study.dataset)}, split: {names_in_markdown(study.tested_on)}"
+    parts = [title, *_notes(study, names_in_markdown, _code, "**{}**".format)]
     for title, head, rows in _tables(study):
-        lines = [f"## {title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        parts.append("\n".join([*lines, *(f"| {' | '.join(map(_markdown, row))} |" for row in rows)]))
+        lines = [f"## {names_in_markdown(title)}", "", _row(head), "|---" * len(head) + "|"]
+        parts.append("\n".join([*lines, *map(_row, rows)]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -97,62 +99,73 @@ def _tables(study: StudyResults) -> list[tuple[str, list[str], list[list[str]]]]
     results = [
         [m.name, str(len(m.records)), *(mean_and_sd(key, m.summaries[key]) for key in _RESULTS)] for m in study.methods
     ]
-    compared = [[m.name, *(_difference(key, m.summaries[key]) for key in _COMPARED)] for m in study.methods[1:]]
+    compared = [[m.name, *(difference(key, m.summaries[key]) for key in _COMPARED)] for m in study.methods[1:]]
     calibrated = [[m.name, *(mean_and_sd(key, m.summaries[key]) for key in _CALIBRATED)] for m in study.methods]
-    speed = [[m.name, *(_reached(key, m.summaries[key], len(m.records)) for key in _SPEED)] for m in study.methods]
+    speed = [[m.name, *(_reached(key, m, study.baseline) for key in _SPEED)] for m in study.methods]
     base = study.baseline.name
-    return [
+    tables = [
         ("Results", ["method", "n", *_titles(_RESULTS)], results),
         (f"Difference to {base}", ["method", *_titles(_COMPARED)], compared),
         ("After calibration on the validation split", ["method", *_titles(_CALIBRATED)], calibrated),
         ("Epochs", ["method", *(COLUMNS[key].title.replace("the baseline", base) for key in _SPEED)], speed),
     ]
+    return [table for table in tables if table[2]]
 
 
 def _titles(keys: tuple[str, ...]) -> list[str]:
     return [COLUMNS[key].title for key in keys]
 
 
-def _title(study: StudyResults) -> str:
-    return f"# {_markdown(study.dataset)}, split: {_markdown(study.tested_on)}"
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
 
 
-def _notes(study: StudyResults) -> list[str]:
+def _notes(
+    study: StudyResults,
+    text: Callable[[object], str] = _one_line,
+    code: Callable[[object], str] = _one_line,
+    strong: Callable[[str], str] = str,
+) -> list[str]:
+    """What is to be known about the tables. ``text`` and ``code`` show other people's text, ``strong`` a whole note."""
     record = next(iter(study.baseline.records.values()))
     epochs = f"{record['epochs'][-1]['epoch']:g}" if record["epochs"] else "0"
     model, versions, hardware = record.get("model", {}), record.get("versions", {}), record.get("hardware", {})
     described = (
-        f"`{model.get('name')}`, {model.get('parameters', 0):,} weights, {record['dataset']['train']:,} training "
+        f"{code(model.get('name'))}, {model.get('parameters', 0):,} weights, {record['dataset']['train']:,} training "
         f"samples, {epochs} epochs, evaluated after the last one on {record['dataset']['test']:,} samples. "
-        f"torch {versions.get('torch')}, transformers {versions.get('transformers')}, timm {versions.get('timm')}; "
-        f"{', '.join(hardware.get('gpu') or []) or hardware.get('cpu')}. `{study.command}`"
+        f"{', '.join(f'{name} {text(versions.get(name))}' for name in ('torch', 'transformers', 'timm'))}; "
+        f"{text(', '.join(hardware.get('gpu') or []) or hardware.get('cpu'))}."
     )
+    if study.command:
+        described += f" {code(study.command)}"
     notes = [
         described,
         "Mean ± standard deviation over the seeds. gap: confidence minus accuracy, positive is overconfident. ECE: 15 "
-        "bins of equal width; adaptive: of equal mass.",
+        "bins of equal width; adaptive: of equal mass. Temperature and vector scaling are fitted to the validation "
+        "split, unless every sample of it is right, which leaves nothing to fit.",
     ]
-    if len(study.seeds) > 1:
+    if len(study.seeds) > 1 and len(study.methods) > 1:
         notes.append(
-            f"Differences to {study.baseline.name} are paired by seed: mean (95% interval, Student's t) and q, the "
-            "p-value of the paired t-test corrected for the number of methods (Benjamini-Hochberg). Few seeds find "
-            "only large differences."
+            f"Differences to {text(study.baseline.name)} are paired by seed: mean (95% interval, Student's t) and q, "
+            "the p-value of the paired t-test corrected for the number of methods (Benjamini-Hochberg). Few seeds "
+            "find only large differences."
         )
-    else:
+    elif len(study.seeds) == 1:
         notes.append("One seed: no deviations, intervals or p-values can be given, and differences may be chance.")
     if study.missing:
-        notes.append(f"**{study.missing} runs are missing: the study was stopped, or some of its runs failed.**")
+        notes.append(strong(f"{study.missing} runs are missing: the study was stopped, or some of its runs failed."))
     diverged = [f"{m.name} ({len(m.records) - m.summaries['nll'].n})" for m in study.methods if _diverged(m)]
     if diverged:
-        notes.append(f"**Diverged, and left out of the means: {_markdown(', '.join(diverged))}.**")
+        notes.append(strong(f"Diverged, and left out of the means: {text(', '.join(diverged))}."))
     return notes
 
 
-def _diverged(method) -> bool:
+def _diverged(method: Method) -> bool:
     return method.summaries["nll"].n < len(method.records)
 
 
-def _difference(key: str, summary: Summary) -> str:
+def difference(key: str, summary: Summary) -> str:
+    """``+0.19 (-0.61 to +0.98), q 0.750``, the mean alone where there is no interval, ``-`` where there is nothing."""
     column = COLUMNS[key]
     if math.isnan(summary.difference):
         return "-"
@@ -162,10 +175,12 @@ def _difference(key: str, summary: Summary) -> str:
     return mean if math.isnan(summary.p) else f"{mean} ({low} to {high}), q {_p(summary.q)}"
 
 
-def _reached(key: str, summary: Summary, runs: int) -> str:
+def _reached(key: str, method: Method, baseline: Method) -> str:
     """A run that never got there has no number of epochs: how many did is then said."""
+    summary = method.summaries[key]
+    runs = len(method.records.keys() & baseline.summaries[key].values.keys())  # that had something to reach
     if not summary.n:
-        return "never"
+        return "never" if runs else "-"
     return mean_and_sd(key, summary) + ("" if summary.n == runs else f" ({summary.n} of {runs})")
 
 
@@ -182,32 +197,43 @@ def _exact(number: float | int | None) -> str:
     return "" if number is None or (isinstance(number, float) and math.isnan(number)) else repr(number)
 
 
-def _markdown(text: str) -> str:
-    """Names are other people's text: no cell, tag or link of theirs."""
-    text = " ".join(text.split())
-    for character in "\\|`*_[]<>":
-        text = text.replace(character, f"\\{character}")
-    return text
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(map(names_in_markdown, cells))} |"
+
+
+def names_in_markdown(text: object) -> str:
+    """Names are other people's text: no cell, tag, formula or link of theirs."""
+    text = re.sub(r"[\\|`*_\[\]<>&~$]", r"\\\g<0>", _one_line(text))
+    return text.replace("://", ":\\//").replace("www.", "www\\.")  # an address is a link without any brackets
+
+
+def _code(text: object) -> str:
+    """A code span, which no backtick of the text ends."""
+    text = _one_line(text)
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {text} {fence}" if longest else f"{fence}{text}{fence}"
 
 
 def _print(study: StudyResults, console: Console) -> None:
-    table = Table(title=escape(f"{study.dataset}, split: {study.tested_on}"))
+    # Not `rich.markup.escape`, which doubles a backslash at the end.
+    table = Table(title=Text(_one_line(f"{study.dataset}, split: {study.tested_on}")))
     keys = ("accuracy", "nll", "ece")  # what 80 columns hold
     for i, title in enumerate(("method", "n", *_titles(keys))):
         table.add_column(title, justify="right" if i else "left", overflow="fold", no_wrap=bool(i))
     for method in study.methods:
         cells = [mean_and_sd(key, method.summaries[key]) for key in keys]
-        table.add_row(escape(method.name), str(len(method.records)), *cells)
+        table.add_row(Text(method.name), str(len(method.records)), *cells)
     console.print(table)
     for note in _notes(study)[1:]:
-        console.print(note.replace("**", ""), soft_wrap=True, markup=False)
+        console.print(note, soft_wrap=True, markup=False)
 
 
 def _page(study: StudyResults, pictures: dict[str, Path]) -> str:
     """One file without anything outside it: it can be mailed, and opened without a network."""
     title = html.escape(f"{study.dataset}: beta of the gradient-decay loss")
     body = [f"<h1>{title}</h1>"]
-    body += [f"<p>{html.escape(note.replace('**', '').replace('`', ''))}</p>" for note in _notes(study)]
+    body += [f"<p>{html.escape(note)}</p>" for note in _notes(study)]
     for name, head, rows in _tables(study):
         cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
         lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)

@@ -61,6 +61,11 @@ def check_runs(runs: list[Run]) -> None:
             os.environ["HF_TOKEN"], run.args.hub_token = run.args.hub_token, None
         if run.model.loss != "gd":
             baseline(run.model.loss)
+        if run.trace_samples < 0 or (run.trace_samples and run.args.world_size > 1):
+            raise ValueError(
+                f"--trace_samples {run.trace_samples} in {run.args.world_size} processes: give a number that is not "
+                "negative, and one process"
+            )
 
 
 def load(runs: list[Run], console: Console) -> tuple[ClassificationData, list[torch.utils.data.Dataset]]:

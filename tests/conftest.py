@@ -18,7 +18,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": _cache.name, "COLUMNS
 # An untrained network of 100,000 weights on 32 pixels: an update takes 0.05 s.
 SMALL = (
     "--model timm:test_efficientnet --image_size 32 --max_train_samples 128 --max_eval_samples 64 "
-    "--per_device_train_batch_size 32 --per_device_eval_batch_size 64 --num_train_epochs 1 --logging_steps 1 "
+    "--per_device_train_batch_size 32 --per_device_eval_batch_size 64 --num_train_epochs 1 --logging_strategy steps "
+    "--logging_steps 1 "
     "--learning_rate 0.01 --use_cpu true --seed 0"
 ).split()
 

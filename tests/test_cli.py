@@ -92,7 +92,10 @@ SHORT = f"{DIGITS} --max_train_samples 128 --per_device_train_batch_size 32 --nu
 # Words are split at spaces; {T} is the folder of `things`. Then a regular expression, all of the message or its start.
 BAD = [
     # The command and its flags
-    ("bogus", r"there is no command 'bogus'; the commands are: train, timm, report \(gd-plugin --help\)\n"),
+    (
+        "bogus",
+        r"there is no command 'bogus'; the commands are: train, study, timm, report, diagnose \(gd-plugin --help\)\n",
+    ),
     ("--foo", r"there is no command '--foo'"),
     ("train", r"no data set: give --dataset, a data set of the Hub"),
     ("train --dataset digits", r"no model: give --model"),
@@ -141,7 +144,10 @@ BAD = [
     (f"{DIGITS} --report_to nowhere", r"--report_to nowhere: nowhere is not supported, only "),
     (f"{DIGITS} --metric_for_best_model f1", r"--metric_for_best_model f1: the metrics are loss, accuracy, nll, "),
     # Recipes
-    ("train nope", r"there is no recipe nope; give a YAML file, or one .* package: digits\n"),
+    (
+        "train nope",
+        r"there is no recipe nope; give a YAML file, or one .* package: cifar100_resnet18, .*, svhn_resnet18\n",
+    ),
     ("train {T}/nope.yaml", r"there is no recipe \S+/nope\.yaml; give a YAML file"),
     ("train {T}/not_yaml.yaml", r"\S+/not_yaml\.yaml is not a YAML file: while parsing"),
     ("train {T}/not_text.yaml", r"\S+/not_text\.yaml is not a YAML file: 'utf-8' codec"),
@@ -321,7 +327,7 @@ def test_help_of_train_names_every_flag_of_ours(command):
     flags = [f.name for c in (DataArguments, ModelArguments, RunArguments) for f in dataclasses.fields(c)]
     flags += [f"gd_{f.name}" for f in dataclasses.fields(GradientDecayConfig)]
     assert len(flags) > 20
-    value = r"( [A-Z_\[\] .]+)?"
+    value = r"( [A-Z_\[\] .]+| \{[\w,]+\})?"
     for flag in flags:
         # The name, perhaps with dashes too, what it takes, and a sentence that says what it is.
         assert re.search(rf"--{flag}{value}(, --[\w-]+{value})? [A-Z`][^-]{{15,}}", text), flag

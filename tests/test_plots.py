@@ -214,8 +214,8 @@ def test_reliability_shows_accuracy_gap_and_counts(draw):
     bars = [(bar.get_x(), bar.get_y(), bar.get_width(), bar.get_height()) for bar in diagram.patches]
     accuracy = [(0.25, 0, 0.25, 0.2), (0.5, 0, 0.25, 0.7), (0.75, 0, 0.25, 0.95)]
     gap = [(0.25, 0.2, 0.25, 0.2), (0.5, 0.7, 0.25, 0.0), (0.75, 0.95, 0.25, -0.05)]
-    assert bars == [pytest.approx(bar) for bar in accuracy + gap]
-    assert diagram.patches[3].get_hatch() != diagram.patches[5].get_hatch()
+    assert bars == [pytest.approx(bar) for pair in zip(accuracy, gap, strict=True) for bar in pair]
+    assert diagram.patches[1].get_hatch() != diagram.patches[5].get_hatch()
     assert [list(line.get_xydata().ravel()) for line in diagram.lines] == [[0, 0, 1, 1]]
     assert [bar.get_height() for bar in histogram.patches] == [0.1, 0.3, 0.6]
     assert diagram.get_title() == "name\naccuracy 80.0%, ECE 5.0%\nconfidence gap -3.0%"
@@ -245,7 +245,7 @@ def test_nothing_overlaps(draw, plot, count, name):
 
 
 def test_overlaps_are_seen(draw, monkeypatch):
-    monkeypatch.setattr(plots, "_layout", lambda: None)
+    monkeypatch.setattr(plots, "layout", lambda: None)
     assert overlaps(draw(plot_curves, [record()]))
 
 

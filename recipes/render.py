@@ -1,0 +1,102 @@
+"""Everything that is written from the committed records of `recipes/results`: their tables, and those of README.md.
+
+python recipes/render.py           writes them
+python recipes/render.py --check   writes nothing, and names what differs; CI runs this
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from pathlib import Path
+
+from gd_plugin.record import STUDY_FILE, write_atomic
+from gd_plugin.stats import COLUMNS, Method, StudyResults, read_study
+from gd_plugin.study_report import csv_table, difference, markdown_tables, mean_and_sd, names_in_markdown
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "recipes/results"
+SHOWN = ("cross-entropy", "beta 0.1", "beta 5", "0.01 to 5 over 50%", "label smoothing 0.1")
+KEYS = ("accuracy", "nll", "ece", "confidence_gap", "temperature/ece")
+
+
+def studies() -> dict[str, StudyResults]:
+    """By the name of their recipe."""
+    return {path.parent.name: read_study(path.parent) for path in sorted(RESULTS.glob(f"*/{STUDY_FILE}"))}
+
+
+def summary(name: str, study: StudyResults) -> str:
+    """The README's table of one study: some of its methods."""
+    described = f"{name}, {study.tested_on} split"
+    lines = [
+        f"| {described} | n | {' | '.join(COLUMNS[key].title for key in KEYS)} |",
+        "|---" * (len(KEYS) + 2) + "|",
+    ]
+    for method in study.methods:
+        if method.name in SHOWN:
+            cells = [mean_and_sd(key, method.summaries[key]) for key in KEYS]
+            lines.append(f"| {names_in_markdown(method.name)} | {len(method.records)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def advice(found: dict[str, StudyResults]) -> str:
+    """Per study: which method the validation split would have chosen, and what it then did on the test split."""
+    lines = [
+        "| recipe | epochs | chosen for | method | accuracy % | NLL | ECE % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, study in found.items():
+        epochs = next(iter(study.baseline.records.values()))["epochs"][-1]["epoch"]
+        for goal, key, sign in (("accuracy", "eval_accuracy", -1), ("NLL", "eval_nll", 1), ("ECE", "eval_ece", 1)):
+            best = min(study.methods, key=lambda method: sign * validation(method, key))
+            cells = [difference(column, best.summaries[column]) for column in ("accuracy", "nll", "ece")]
+            if best is study.baseline:
+                cells = ["the baseline"] * 3
+            chosen = names_in_markdown(best.name)
+            lines.append(f"| {name} | {epochs:g} | {goal} | {chosen} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def validation(method: Method, key: str) -> float:
+    """The mean over the seeds after the last epoch; infinite for a method that diverged."""
+    values = [record["epochs"][-1].get(key) for record in method.records.values()]
+    return math.inf if None in values else sum(values) / len(values)
+
+
+def rendered() -> dict[Path, str]:
+    """Every file that is written from the records, and what belongs in it."""
+    found = studies()
+    files = {}
+    for name, study in found.items():
+        files[RESULTS / name / "table.md"] = markdown_tables(study)
+        files[RESULTS / name / "table.csv"] = csv_table(study)
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    blocks = {f"table: {name}": summary(name, study) for name, study in found.items()}
+    blocks["advice"] = advice(found)
+    for marker in re.findall(r"<!-- ((?:table: \w+)|advice) -->", text):
+        # From the marker to the first empty line.
+        pattern = rf"(<!-- {re.escape(marker)} -->\n).*?(?=\n\n)"
+        text = re.sub(pattern, lambda match, block=blocks[marker]: match[1] + block, text, flags=re.DOTALL)
+    files[readme] = text
+    return files
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if something differs")
+    check = parser.parse_args().check
+    stale = [p for p, text in rendered().items() if not p.exists() or p.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if check:
+            print(f"{path.relative_to(ROOT)} is not what the records say: python recipes/render.py", file=sys.stderr)
+        else:
+            write_atomic(path, rendered()[path])
+            print(path.relative_to(ROOT))
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
