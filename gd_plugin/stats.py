@@ -26,7 +26,7 @@ class Column:
     signed: bool = False
 
 
-# Of a record's `final`; `temperature/` of what was calibrated with the validation split's temperature; and
+# Of a record's `final`; `temperature/` and `vector/` of what was calibrated on the validation split; of its epochs; and
 # `epochs_to_` the baseline's final training cross-entropy or validation accuracy of the same seed.
 COLUMNS = {
     "accuracy": Column("accuracy %", 100, 2),
@@ -40,6 +40,7 @@ COLUMNS = {
     "temperature/ece": Column("ECE %, temperature", 100, 2),
     "vector/nll": Column("NLL, vector scaling", 1, 4),
     "vector/ece": Column("ECE %, vector scaling", 100, 2),
+    "early_accuracy": Column("validation accuracy % after a quarter of training", 100, 2),
     "epochs_to_loss": Column("epochs to the baseline's final training cross-entropy", 1, 1),
     "epochs_to_accuracy": Column("epochs to the baseline's final validation accuracy", 1, 1),
 }
@@ -178,6 +179,9 @@ def _summary(key: str, method: Method, baseline: Method) -> Summary:
 
 def _value(key: str, record: dict, of_baseline: dict | None) -> float | None:
     """The number in one record, or None."""
+    if key == "early_accuracy":
+        entries = [entry for entry in record["epochs"] if entry["epoch"] >= record["epochs"][-1]["epoch"] / 4]
+        return entries[0].get("eval_accuracy") if entries else None
     if key == "epochs_to_loss":
         return _epochs_to(record, of_baseline, "cross_entropy", lower_is_better=True)
     if key == "epochs_to_accuracy":

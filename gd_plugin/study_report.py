@@ -7,7 +7,6 @@ import csv
 import html
 import io
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,15 +14,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .markdown import code, one_line, plain
+from .markdown import table as markdown_table
 from .record import write_atomic
 from .stats import COLUMNS, Method, StudyResults, Summary, read_study
 from .study_plots import plot_accuracy_ece, plot_loss, plot_study_reliability, plot_warmup
 
-__all__ = ["csv_table", "difference", "markdown_tables", "mean_and_sd", "names_in_markdown", "report"]
+__all__ = ["csv_table", "difference", "markdown_tables", "mean_and_sd", "report"]
 
 # Tables of the report: title, and the columns by their keys.
 _RESULTS = ("accuracy", "nll", "brier", "ece", "adaptive_ece", "mce", "confidence_gap")
-_COMPARED = ("accuracy", "nll", "ece")
+_COMPARED = ("accuracy", "nll", "ece", "early_accuracy")
 _CALIBRATED = ("nll", "temperature/nll", "vector/nll", "ece", "temperature/ece", "vector/ece")
 _SPEED = ("epochs_to_loss", "epochs_to_accuracy")
 _PICTURES: dict[str, tuple[str, Callable]] = {
@@ -64,11 +65,10 @@ def report(folder: Path, console: Console, suffix: str = "png") -> StudyResults:
 
 def markdown_tables(study: StudyResults) -> str:
     """All tables with their captions, as GitHub shows them. The same records give the same bytes."""
-    title = f"# {names_in_markdown(study.dataset)}, split: {names_in_markdown(study.tested_on)}"
-    parts = [title, *_notes(study, names_in_markdown, _code, "**{}**".format)]
+    title = f"# {plain(study.dataset)}, split: {plain(study.tested_on)}"
+    parts = [title, *_notes(study, plain, code, "**{}**".format)]
     for title, head, rows in _tables(study):
-        lines = [f"## {names_in_markdown(title)}", "", _row(head), "|---" * len(head) + "|"]
-        parts.append("\n".join([*lines, *map(_row, rows)]))
+        parts.append(f"## {plain(title)}\n\n{markdown_table(head, rows)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -116,14 +116,10 @@ def _titles(keys: tuple[str, ...]) -> list[str]:
     return [COLUMNS[key].title for key in keys]
 
 
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
-
-
 def _notes(
     study: StudyResults,
-    text: Callable[[object], str] = _one_line,
-    code: Callable[[object], str] = _one_line,
+    text: Callable[[object], str] = one_line,
+    code: Callable[[object], str] = one_line,
     strong: Callable[[str], str] = str,
 ) -> list[str]:
     """What is to be known about the tables. ``text`` and ``code`` show other people's text, ``strong`` a whole note."""
@@ -197,27 +193,9 @@ def _exact(number: float | int | None) -> str:
     return "" if number is None or (isinstance(number, float) and math.isnan(number)) else repr(number)
 
 
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(map(names_in_markdown, cells))} |"
-
-
-def names_in_markdown(text: object) -> str:
-    """Names are other people's text: no cell, tag, formula or link of theirs."""
-    text = re.sub(r"[\\|`*_\[\]<>&~$]", r"\\\g<0>", _one_line(text))
-    return text.replace("://", ":\\//").replace("www.", "www\\.")  # an address is a link without any brackets
-
-
-def _code(text: object) -> str:
-    """A code span, which no backtick of the text ends."""
-    text = _one_line(text)
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    fence = "`" * (longest + 1)
-    return f"{fence} {text} {fence}" if longest else f"{fence}{text}{fence}"
-
-
 def _print(study: StudyResults, console: Console) -> None:
     # Not `rich.markup.escape`, which doubles a backslash at the end.
-    table = Table(title=Text(_one_line(f"{study.dataset}, split: {study.tested_on}")))
+    table = Table(title=Text(one_line(f"{study.dataset}, split: {study.tested_on}")))
     keys = ("accuracy", "nll", "ece")  # what 80 columns hold
     for i, title in enumerate(("method", "n", *_titles(keys))):
         table.add_column(title, justify="right" if i else "left", overflow="fold", no_wrap=bool(i))

@@ -12,9 +12,10 @@ import re
 import sys
 from pathlib import Path
 
+from gd_plugin import markdown
 from gd_plugin.record import STUDY_FILE, write_atomic
 from gd_plugin.stats import COLUMNS, Method, StudyResults, read_study
-from gd_plugin.study_report import csv_table, difference, markdown_tables, mean_and_sd, names_in_markdown
+from gd_plugin.study_report import csv_table, difference, markdown_tables, mean_and_sd
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "recipes/results"
@@ -29,24 +30,18 @@ def studies() -> dict[str, StudyResults]:
 
 def summary(name: str, study: StudyResults) -> str:
     """The README's table of one study: some of its methods."""
-    described = f"{name}, {study.tested_on} split"
-    lines = [
-        f"| {described} | n | {' | '.join(COLUMNS[key].title for key in KEYS)} |",
-        "|---" * (len(KEYS) + 2) + "|",
+    head = [f"{name}, {study.tested_on} split", "n", *(COLUMNS[key].title for key in KEYS)]
+    rows = [
+        [method.name, len(method.records), *(mean_and_sd(key, method.summaries[key]) for key in KEYS)]
+        for method in study.methods
+        if method.name in SHOWN
     ]
-    for method in study.methods:
-        if method.name in SHOWN:
-            cells = [mean_and_sd(key, method.summaries[key]) for key in KEYS]
-            lines.append(f"| {names_in_markdown(method.name)} | {len(method.records)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown.table(head, rows)
 
 
 def advice(found: dict[str, StudyResults]) -> str:
     """Per study: which method the validation split would have chosen, and what it then did on the test split."""
-    lines = [
-        "| recipe | epochs | chosen for | method | accuracy % | NLL | ECE % |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, study in found.items():
         epochs = next(iter(study.baseline.records.values()))["epochs"][-1]["epoch"]
         for goal, key, sign in (("accuracy", "eval_accuracy", -1), ("NLL", "eval_nll", 1), ("ECE", "eval_ece", 1)):
@@ -54,9 +49,8 @@ def advice(found: dict[str, StudyResults]) -> str:
             cells = [difference(column, best.summaries[column]) for column in ("accuracy", "nll", "ece")]
             if best is study.baseline:
                 cells = ["the baseline"] * 3
-            chosen = names_in_markdown(best.name)
-            lines.append(f"| {name} | {epochs:g} | {goal} | {chosen} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append([name, f"{epochs:g}", goal, best.name, *cells])
+    return markdown.table(["recipe", "epochs", "chosen for", "method", "accuracy %", "NLL", "ECE %"], rows)
 
 
 def validation(method: Method, key: str) -> float:
