@@ -20,6 +20,7 @@ usage: gd-plugin COMMAND [...]
   study RECIPE [--seeds N] [--jobs N] every method of a recipe with several seeds, and their statistics
                                       gd-plugin study digits          twenty-two methods, five seeds
   report RUN_OR_STUDY [...]           draw and compare what either command left
+  card RUN_OR_STUDY                   write its model card for the Hub, from its records
   diagnose RUNS                       curriculum, features and smoothness of runs trained with --trace_samples
 
 options: --help, --version
@@ -124,7 +125,16 @@ def _diagnose(argv: list[str]) -> int:
         return _fail(str(error))
 
 
-COMMANDS = {"train": _train, "study": _study, "timm": _timm, "report": _report, "diagnose": _diagnose}
+def _card(argv: list[str]) -> int:
+    from . import card
+
+    try:
+        return card.main(argv)
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+
+
+COMMANDS = {"train": _train, "study": _study, "timm": _timm, "report": _report, "diagnose": _diagnose, "card": _card}
 
 
 def recipes_folder() -> Path:

@@ -42,6 +42,7 @@ class ClassificationData:
     def describe(self) -> dict[str, Any]:
         return {
             "name": self.name,
+            "kind": self.kind,
             "train": len(self.train),
             "validation": len(self.validation),
             "test": len(self.test),

@@ -23,6 +23,7 @@ __all__ = [
     "TRACE_FILE",
     "environment",
     "epochs_from_log",
+    "json_text",
     "publishable",
     "publishable_words",
     "read_record",
@@ -74,7 +75,12 @@ def write_json(path: str | os.PathLike, obj) -> None:
         TypeError: something in ``obj`` has no form in JSON.
         OSError: as `write_atomic`.
     """
-    write_atomic(path, json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomic(path, json_text(obj))
+
+
+def json_text(obj) -> str:
+    """What `write_json` writes."""
+    return json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def environment() -> dict:

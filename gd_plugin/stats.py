@@ -74,6 +74,11 @@ class Method:
         """The knobs of the loss."""
         return next(iter(self.records.values()))["gd"]
 
+    def validation(self, key: str) -> float:
+        """Mean over the seeds of an ``eval_`` metric after the last epoch; NaN where a run has none."""
+        values = [(record["epochs"] or [{}])[-1].get(key) for record in self.records.values()]
+        return math.nan if None in values else float(np.mean(values))
+
     @property
     def family(self) -> str:
         """``"fixed beta"``, ``"warm-up"``, or ``"other loss"``."""
@@ -95,6 +100,14 @@ class StudyResults:
     @property
     def baseline(self) -> Method:
         return self.methods[0]
+
+    def chosen(self, key: str) -> Method:
+        """The method that is best on the validation split after the last epoch, by a key of a record's epochs."""
+        sign = -1 if key == "eval_accuracy" else 1
+        values = {method.name: sign * method.validation(key) for method in self.methods}
+        return min(
+            self.methods, key=lambda method: math.inf if math.isnan(values[method.name]) else values[method.name]
+        )
 
 
 def read_study(folder: Path) -> StudyResults:

@@ -51,7 +51,8 @@ def plot_loss(study: StudyResults, path: str | os.PathLike) -> None:
             axes.fill_between(epoch, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axes.set_title(f"Training cross-entropy, {family} (lower is better)", fontsize=10.5)
         axes.set(xlabel="epoch", ylabel="nats")
-        if all((curve[:, 2] > 0).all() for curve in curves.values() if len(curve)):
+        drawn = np.concatenate([curve[:, 2:] for curve in curves.values() if len(curve)])
+        if drawn.min() > 0 and drawn.max() > 10 * drawn.min():  # within a decade a log axis has odd labels
             axes.set_yscale("log")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.grid(alpha=0.3)
@@ -97,7 +98,7 @@ def plot_accuracy_ece(study: StudyResults, path: str | os.PathLike) -> None:
         axes.set(xlabel="ECE (log scale)", xscale="log")
         low, high = axes.get_xlim()
         # As many labels between the powers of ten as there is room for.
-        axes.xaxis.set_minor_locator(LogLocator(subs=range(2, 10) if high < 10 * low else (2, 5)))
+        axes.xaxis.set_minor_locator(LogLocator(subs=range(2, 10) if high < 4 * low else (2, 5)))
         axes.xaxis.set_minor_formatter(percent if high < 1000 * low else NullFormatter())
         axes.tick_params(axis="x", which="minor", labelsize=8)
     axes.xaxis.set_major_formatter(percent)

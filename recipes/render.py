@@ -1,4 +1,4 @@
-"""Everything that is written from the committed records of `recipes/results`: their tables, and those of README.md.
+"""What is written from the committed records of `recipes/results`: their tables, those of README.md, `model_cards/`.
 
 python recipes/render.py           writes them
 python recipes/render.py --check   writes nothing, and names what differs; CI runs this
@@ -7,19 +7,20 @@ python recipes/render.py --check   writes nothing, and names what differs; CI ru
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import sys
 from pathlib import Path
 
 from gd_plugin import markdown
-from gd_plugin.record import STUDY_FILE, write_atomic
-from gd_plugin.stats import COLUMNS, Method, StudyResults, read_study
+from gd_plugin.card import study_card
+from gd_plugin.record import STUDY_FILE, json_text, write_atomic
+from gd_plugin.stats import COLUMNS, StudyResults, read_study
 from gd_plugin.study_report import csv_table, difference, markdown_tables, mean_and_sd
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "recipes/results"
 SHOWN = ("cross-entropy", "beta 0.1", "beta 5", "0.01 to 5 over 50%", "label smoothing 0.1")
+PICTURES = ("loss", "accuracy_ece", "reliability")
 KEYS = ("accuracy", "nll", "ece", "confidence_gap", "temperature/ece")
 
 
@@ -44,8 +45,8 @@ def advice(found: dict[str, StudyResults]) -> str:
     rows = []
     for name, study in found.items():
         epochs = next(iter(study.baseline.records.values()))["epochs"][-1]["epoch"]
-        for goal, key, sign in (("accuracy", "eval_accuracy", -1), ("NLL", "eval_nll", 1), ("ECE", "eval_ece", 1)):
-            best = min(study.methods, key=lambda method: sign * validation(method, key))
+        for goal, key in (("accuracy", "eval_accuracy"), ("NLL", "eval_nll"), ("ECE", "eval_ece")):
+            best = study.chosen(key)
             cells = [difference(column, best.summaries[column]) for column in ("accuracy", "nll", "ece")]
             if best is study.baseline:
                 cells = ["the baseline"] * 3
@@ -53,10 +54,19 @@ def advice(found: dict[str, StudyResults]) -> str:
     return markdown.table(["recipe", "epochs", "chosen for", "method", "accuracy %", "NLL", "ECE %"], rows)
 
 
-def validation(method: Method, key: str) -> float:
-    """The mean over the seeds after the last epoch; infinite for a method that diverged."""
-    values = [record["epochs"][-1].get(key) for record in method.records.values()]
-    return math.inf if None in values else sum(values) / len(values)
+def evidence(name: str, study: StudyResults) -> str:
+    """Every number of the card, unrounded, and where the records are that it is computed from."""
+    content = {
+        "records": f"recipes/results/{name}",
+        "command": study.command,
+        "seeds": study.seeds,
+        "card_of": study.chosen("eval_nll").name,
+        "methods": {
+            method.name: {key: vars(method.summaries[key]) for key in COLUMNS if method.summaries[key].n}
+            for method in study.methods
+        },
+    }
+    return json_text(content)
 
 
 def rendered() -> dict[Path, str]:
@@ -66,6 +76,9 @@ def rendered() -> dict[Path, str]:
     for name, study in found.items():
         files[RESULTS / name / "table.md"] = markdown_tables(study)
         files[RESULTS / name / "table.csv"] = csv_table(study)
+        pictures = [f"../{(RESULTS / name).relative_to(ROOT)}/{picture}.png" for picture in PICTURES]
+        files[ROOT / f"model_cards/{name}.md"] = study_card(study, pictures)
+        files[ROOT / f"model_cards/{name}.json"] = evidence(name, study)
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     blocks = {f"table: {name}": summary(name, study) for name, study in found.items()}

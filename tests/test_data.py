@@ -146,6 +146,7 @@ def test_a_validation_split_is_used_where_there_is_one(tmp_path):
     data = load(csv(tmp_path, train=texts(20), validation=texts(6, start=100), test=texts(8, start=200)))
     assert data.describe() == {
         "name": tmp_path.name,
+        "kind": "text",
         "train": 20,
         "validation": 6,
         "test": 8,

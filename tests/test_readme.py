@@ -1,12 +1,12 @@
 """Every snippet of README.md runs as it stands there; every number of its table is in a committed record."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import re
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -98,7 +98,7 @@ def _shell(command, folder):
 
 def test_the_readme_has_snippets():
     assert (
-        len(PYTHON) == 6 and len(SHELL) == 5 and len(DIFFS) == 2 and len(TIMM) == 4 and set(SETUP) == {"demo", "test"}
+        len(PYTHON) == 6 and len(SHELL) == 10 and len(DIFFS) == 2 and len(TIMM) == 4 and set(SETUP) == {"demo", "test"}
     )
     assert {language for language, _ in BLOCKS} == {"diff", "python", "bash", "bibtex"}
 
@@ -134,19 +134,52 @@ def test_the_flag_is_added_to_a_command_that_runs_without_it(timm_folder, tmp_pa
 
 
 def test_report_command(timm_folder):
-    (command,) = (command for command in SHELL if command.startswith("gd-plugin report"))
+    (command,) = (command for command in SHELL if command.startswith("gd-plugin report output"))
     assert "first-run" in _shell(command, timm_folder)
     assert (timm_folder / "output/train/curves.png").exists()
 
 
 def test_train_command(tmp_path, monkeypatch):
     """The command, on built-in data in place of the Hub's and shortened."""
-    (command,) = (command for command in SHELL if command.startswith("gd-plugin train"))
+    (command,) = (command for command in SHELL if command.startswith("gd-plugin train --dataset"))
     monkeypatch.chdir(tmp_path)
     words = shlex.split(command)[1:]
     small = "--dataset digits --max_train_samples 64 --max_eval_samples 32 --num_train_epochs 1"
     assert cli.main([*words, *small.split()]) == 0
     assert read_record(next(tmp_path.glob("runs/*/record.json")))["gd"]["beta_start"] == 0.01
+
+
+def test_study_commands(tmp_path):
+    """On a few of the digits in place of MNIST, with two methods and few updates."""
+    from gd_plugin.data import _digits
+
+    images = _digits()
+    for split, rows in images.items():
+        (tmp_path / "path/to/mnist").mkdir(parents=True, exist_ok=True)
+        rows.select(range(64)).to_parquet(tmp_path / f"path/to/mnist/{split}.parquet")
+    studies = [command for command in SHELL if command.startswith("gd-plugin study")]
+    (report,) = (command for command in SHELL if command.startswith("gd-plugin report studies"))
+    assert len(studies) == 2
+    short = "--methods cross-entropy 'beta 5' --num_train_epochs 1 --max_train_samples 64 --max_eval_samples 32"
+    for command in studies:
+        command = command.replace("--seeds 5 --jobs 2", "--seeds 2 --jobs 1")
+        _shell(f"{command} {short}", tmp_path)
+    assert "beta 5" in _shell(report, tmp_path)
+    assert (tmp_path / "studies/mnist_mlp/index.html").exists()
+
+
+def test_diagnose_commands(tmp_path):
+    """With four runs of a tiny network in place of six."""
+    train, diagnose = (command for command in SHELL if "digits_traced" in command)
+    runs = '{"reference": {"gd_beta": 1, "seed": 1}, "cross-entropy": {"gd_beta": 1}, "beta 5": {"gd_beta": 5}}'
+    _shell(
+        f"{train} --runs '{runs}' --num_train_epochs 1 --max_train_samples 64 --max_eval_samples 32 --trace_samples 32",
+        tmp_path,
+    )
+    out = _shell(diagnose, tmp_path)
+    assert [line.split(":")[0] for line in out.splitlines()[:3]] == ["curriculum", "features", "smoothness"]
+    pictures = {path.name for path in (tmp_path / "runs/digits_traced").glob("*.png")}
+    assert {"curriculum.png", "features.png", "smoothness.png"} <= pictures
 
 
 def test_setup_commands_are_the_ones_that_ci_runs():
@@ -156,34 +189,18 @@ def test_setup_commands_are_the_ones_that_ci_runs():
     assert SETUP["test"].endswith(".venv/bin/pytest")
 
 
-COLUMNS = {  # title: (key in the record, scale, digits)
-    "accuracy %": ("accuracy", 100, 2),
-    "NLL": ("nll", 1, 4),
-    "ECE %": ("ece", 100, 2),
-    "gap %": ("confidence_gap", 100, 2),
-}
+def test_what_is_written_from_records_is_what_they_say():
+    """Tables of recipes/results and of this README; a changed digit is found."""
+    path = ROOT / "recipes/render.py"
+    render = importlib.util.module_from_spec(importlib.util.spec_from_file_location("render", path))
+    render.__spec__.loader.exec_module(render)
+    files = render.rendered()
+    assert ROOT / "README.md" in files and len(files) > 2
+    assert [path for path, text in files.items() if path.read_text(encoding="utf-8") != text] == []
 
-
-def table(recipe):
-    """The markdown table of a recipe's committed records: mean ± standard deviation over the seeds."""
-    records = {}
-    for path in sorted((ROOT / "recipes/results" / recipe).glob("seed-*/*.json")):
-        record = read_record(path)
-        records.setdefault(record["name"], []).append(record)
-    lines = [f"| {recipe}, test split | n | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for name in ("cross-entropy", *sorted(records.keys() - {"cross-entropy"})):
-        cells = []
-        for key, scale, digits in COLUMNS.values():
-            values = [record["final"][key] * scale for record in records[name]]
-            sign = "+" if key == "confidence_gap" else ""
-            cells.append(f"{statistics.mean(values):{sign}.{digits}f} ± {statistics.stdev(values):.{digits}f}")
-        lines.append(f"| {name} | {len(records[name])} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-@pytest.mark.parametrize("recipe", re.findall(r"<!-- table: (\w+) -->", README))
-def test_table_is_that_of_the_committed_records(recipe):
-    assert table(recipe) in README
+    number = re.search(r"<!-- table: \w+ -->\n(?:.*\n){2}.*?(\d\.\d)", README)[1]
+    wrong = README.replace(number, number[::-1], 1)
+    assert wrong != README and wrong != files[ROOT / "README.md"]
 
 
 def test_committed_records_say_where_they_come_from():
@@ -194,7 +211,3 @@ def test_committed_records_say_where_they_come_from():
         assert record["commit"] and not record["commit"].endswith("+dirty"), path
         assert record["hardware"]["cpu"] and record["versions"]["torch"] and len(record["epochs"]) > 1
         assert record["seed"] == int(path.parent.name.removeprefix("seed-"))
-
-
-if __name__ == "__main__":  # python tests/test_readme.py digits: the table to paste
-    print(table(sys.argv[1]))

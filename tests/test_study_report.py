@@ -881,7 +881,7 @@ def browse(tmp_path):
         words = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,6000", "--disable-dev-shm-usage"]
         words += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--hide-scrollbars"]
         words += ["--dump-dom", f"--screenshot={screenshot}", path.as_uri()]
-        done = subprocess.run([CHROMIUM, *words], capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run([CHROMIUM, *words], capture_output=True, text=True, timeout=120, check=True)
         with Image.open(screenshot) as image:
             return done.stdout, {colour for _, colour in image.convert("RGB").getcolors(2**24)}
 

@@ -278,7 +278,7 @@ def test_a_local_model_with_other_classes(train, vit, tmp_path):
     assert "lamps, split: 0.1 of train" in out
     record = read_record(tmp_path / "out" / "record.json")
     assert record["dataset"] == {
-        **{"name": "lamps", "train": 36, "validation": 4, "test": 4, "tested_on": "0.1 of train"},
+        **{"name": "lamps", "kind": "image", "train": 36, "validation": 4, "test": 4, "tested_on": "0.1 of train"},
         "labels": ["bright", "dark"],
     }
     classify = transformers.pipeline("image-classification", str(tmp_path / "out"), device="cpu")

@@ -1,0 +1,286 @@
+"""Model cards, written from records alone: every number in them was measured and is in a file beside them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from . import markdown
+from .record import STUDY_FILE, read_record, write_atomic
+
+if TYPE_CHECKING:
+    from .stats import StudyResults
+
+__all__ = ["CITATION", "main", "run_card", "study_card", "write_run_card"]
+
+CITATION = """@article{zhang2024gradientdecay,
+  title   = {Probability-Dependent Gradient Decay in Large Margin Softmax},
+  author  = {Zhang, Siyuan and Xie, Linbo and Chen, Ying},
+  journal = {arXiv preprint arXiv:2210.17145},
+  year    = {2022}
+}"""
+_TEMPLATE = Path(__file__).parent / "card.md.jinja"
+_PICTURES = {
+    "curves": "Training curves",
+    "loss": "Training loss of all methods",
+    "accuracy_ece": "Accuracy against calibration error",
+    "reliability": "Reliability diagram",
+}
+# Title, key in the record, scale, format; and the name and type of the metric in the card's metadata.
+_METRICS = (
+    ("accuracy %", "accuracy", 100, "{:.2f}", "accuracy"),
+    ("NLL", "nll", 1, "{:.4f}", "nll"),
+    ("Brier", "brier", 1, "{:.4f}", "brier_score"),
+    ("ECE %", "ece", 100, "{:.2f}", "expected_calibration_error"),
+    ("gap %", "confidence_gap", 100, "{:+.2f}", "confidence_gap"),
+)
+
+
+def main(argv: list[str]) -> int:
+    """Run ``gd-plugin card`` with the words after the command, and return its exit code.
+
+    Raises:
+        ValueError: no run and no study, or a damaged record; one line.
+        OSError: the folder cannot be written to.
+    """
+    parser = _Parser(
+        prog="gd-plugin card",
+        description="Writes README.md, the model card for the Hub, into the folder of a run of gd-plugin train or of a "
+        "study. Every number in it is from the records there.",
+    )
+    parser.add_argument("folder", type=Path, metavar="RUN_OR_STUDY")
+    parser.add_argument("--method", help="of a study; default: the one with the smallest NLL on the validation split")
+    options = parser.parse_args(argv)
+    folder = options.folder
+    if (folder / STUDY_FILE).is_file():
+        from .stats import read_study
+
+        pictures = [f"{name}.png" for name in _PICTURES if (folder / f"{name}.png").is_file()]
+        path = folder / "README.md"
+        write_atomic(path, study_card(read_study(folder), pictures, options.method))
+    elif options.method is not None:
+        raise ValueError(f"--method is for a study, and {folder} is none; leave it out")
+    elif not (folder / "record.json").is_file():
+        raise ValueError(
+            f"{folder} holds neither record.json nor {STUDY_FILE}; give the folder of one run, or a study's"
+        )
+    else:
+        path = write_run_card(folder)
+    print(f"Model card: {path}")
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message} (gd-plugin card --help)")
+
+
+def write_run_card(folder: Path) -> Path:
+    """Write the card of a run of `gd-plugin train` as README.md into its folder, beside the record and the pictures.
+
+    Args:
+        folder: holds ``record.json``; runs beside it on the same data are the ones it is compared with.
+
+    Raises:
+        ValueError, OSError: there is no record, or it cannot be read.
+    """
+    record = read_record(folder / "record.json")
+    siblings = [read_record(path) for path in sorted(folder.parent.glob("*/record.json")) if path.parent != folder]
+    siblings = [other for other in siblings if _comparable(other, record)]
+    pictures = [f"{name}.png" for name in _PICTURES if (folder / f"{name}.png").is_file()]
+    path = folder / "README.md"
+    write_atomic(path, run_card(record, siblings, pictures))
+    return path
+
+
+def run_card(record: dict, siblings: list[dict], pictures: list[str]) -> str:
+    """The card of one run, as text.
+
+    Args:
+        record: as from `gd_plugin.record.read_record`.
+        siblings: records of the runs that it is compared with, the baseline among them.
+        pictures: files beside the card, named after what they show: ``curves.png``, ``reliability.png``.
+    """
+    dataset = record["dataset"]
+    rows = [
+        [f"this model: {record['name']}" if r is record else r["name"], *_cells(r["final"])]
+        for r in (record, *siblings)
+    ]
+    note = (
+        f"{dataset['test']:,} samples of the split {markdown.code(dataset['tested_on'])}, after the last epoch; one "
+        "run each, so that differences may be chance. gap: confidence minus accuracy, positive is overconfident."
+    )
+    if not any(r.get("loss", "gd") == "gd" and r["gd"]["beta"] == 1 for r in (record, *siblings)):
+        note += " **No cross-entropy baseline was trained beside it.**"
+    results = markdown.table(["run", *(title for title, *_ in _METRICS)], rows)
+    values = {key: record["final"].get(key) for _, key, *_ in _METRICS}
+    return _render(record, values, results, note, _temperature(record), pictures, [record["seed"]])
+
+
+def study_card(study: StudyResults, pictures: list[str], method: str | None = None) -> str:
+    """The card of a method of a study: mean and deviation over its seeds, beside all the others.
+
+    Args:
+        pictures: files beside the card, named after what they show.
+        method: by name; by default the one with the smallest NLL on the validation split.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    from .study_report import difference, mean_and_sd  # and with it scipy, which a run's card can do without
+
+    chosen = study.chosen("eval_nll") if method is None else next((m for m in study.methods if m.name == method), None)
+    if chosen is None:
+        raise ValueError(f"--method {method!r}: the methods are {', '.join(m.name for m in study.methods)}")
+    record = next(iter(chosen.records.values()))
+    keys = [key for _, key, *_ in _METRICS]
+    rows = [
+        [f"this model: {m.name}" if m is chosen else m.name, len(m.records)]
+        + [mean_and_sd(key, m.summaries[key]) for key in keys]
+        for m in study.methods
+    ]
+    base = study.baseline
+    note = (
+        f"Mean ± standard deviation over n seeds on {record['dataset']['test']:,} samples of the split "
+        f"{markdown.code(study.tested_on)}, after the last epoch. gap: confidence minus accuracy, positive is "
+        "overconfident."
+    )
+    if chosen is not base:
+        compared = ", ".join(f"{title} {difference(key, chosen.summaries[key])}" for title, key, *_ in _METRICS[:4])
+        note += f" Against {markdown.plain(base.name)}, paired by seed (95% interval, corrected p-value): {compared}."
+    if method is None:
+        note += " The method was chosen by its NLL on the validation split."
+    after = [f"{title} {mean_and_sd(f'temperature/{key}', chosen.summaries[f'temperature/{key}'])}"
+             for title, key in (("ECE %", "ece"), ("NLL", "nll"))]  # fmt: skip
+    temperature = f"With the temperature fitted to the validation split, on the same test samples: {', '.join(after)}."
+    head = ["method", "n", *(title for title, *_ in _METRICS)]
+    values = {key: chosen.summaries[key].mean if chosen.summaries[key].n else None for key in keys}
+    return _render(record, values, markdown.table(head, rows), note, temperature, pictures, study.seeds)
+
+
+def _render(
+    record: dict,
+    values: dict[str, float | None],
+    results: str,
+    note: str,
+    temperature: str,
+    pictures: list[str],
+    seeds: list[int],
+) -> str:
+    name = f"{_short(record['model']['name'])} on {record['dataset']['name']}, {record['name']}"
+    card = ModelCard.from_template(
+        _metadata(record, name, values),
+        template_path=str(_TEMPLATE),
+        title=markdown.plain(name),
+        summary=_summary(record),
+        results=results,
+        results_note=note,
+        pictures=[(_PICTURES[Path(file).stem], file) for file in pictures],
+        loss=_loss(record),
+        hyperparameters=markdown.table(["setting", "value"], record["config"].items()),
+        temperature=temperature,
+        samples=f"{record['dataset']['test']:,}",
+        reproduce=_reproduce(record, seeds),
+        citation=CITATION,
+    )
+    return str(card).rstrip() + "\n"
+
+
+def _comparable(other: dict, record: dict) -> bool:
+    """Trained and tested on as many samples of the same data."""
+    keys = ("name", "train", "test", "tested_on")
+    return all(other["dataset"].get(key) == record["dataset"].get(key) for key in keys)
+
+
+def _short(model: str) -> str:
+    return model.removeprefix("timm:").rsplit("/", 1)[-1]
+
+
+def _metadata(record: dict, name: str, values: dict[str, float | None]) -> ModelCardData:
+    dataset, model = record["dataset"], record["model"]["name"]
+    task = f"{dataset.get('kind', 'image')}-classification"
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset["name"],
+            dataset_name=dataset["name"],
+            dataset_split=dataset["tested_on"],
+            metric_type=kind,
+            metric_name=title.removesuffix(" %"),
+            metric_value=values[key],
+        )
+        for title, key, _, _, kind in _METRICS
+        if values[key] is not None
+    ]
+    return ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag=task,
+        datasets=[dataset["name"]] if "/" in dataset["name"] else None,
+        base_model=model if "/" in model and ":" not in model else None,
+        tags=["gradient-decay", "calibration", "arxiv:2210.17145", *(["timm"] if model.startswith("timm:") else [])],
+        metrics=["accuracy"],
+        model_name=name,
+        eval_results=results,
+    )
+
+
+def _summary(record: dict) -> str:
+    return (
+        f"{markdown.code(record['model']['name'])} ({record['model']['parameters']:,} weights), trained on "
+        f"{markdown.code(record['dataset']['name'])} ({record['dataset']['train']:,} samples) with the gradient-decay "
+        "softmax cross-entropy of [arXiv 2210.17145](https://arxiv.org/abs/2210.17145) as implemented by `gd_plugin`."
+    )
+
+
+def _loss(record: dict) -> str:
+    if record.get("loss", "gd") != "gd":
+        return f"The loss is {markdown.code(record['loss'])}, for comparison."
+    gd = record["gd"]
+    if gd["beta_start"] is None:
+        text = f"beta is {gd['beta']} throughout" + (": cross-entropy." if gd["beta"] == 1 else ".")
+    else:
+        length = next(
+            f"{gd[key]:g} {unit}"
+            for key, unit in (("warmup_ratio", "of training"), ("warmup_steps", "updates"), ("warmup_epochs", "epochs"))
+            if gd[key]
+        )
+        text = f"beta goes from {gd['beta_start']} to {gd['beta']} over {length} ({gd['schedule']}), and stays there."
+    return f"{text} beta < 1 keeps the gradient of confident samples large, beta > 1 lets them go early."
+
+
+def _temperature(record: dict) -> str:
+    calibrated = record.get("calibrated")
+    if not calibrated:
+        return "No temperature was fitted."
+    t = calibrated["temperature"]
+    return (
+        f"The temperature fitted to the validation split is {t['temperature']:.4g}: `softmax(logits / "
+        f"{t['temperature']:.4g})` has an ECE of {100 * t['ece']:.2f} % and an NLL of {t['nll']:.4f} on the same test "
+        f"samples, against {100 * record['final']['ece']:.2f} % and {record['final']['nll']:.4f} without it."
+    )
+
+
+def _reproduce(record: dict, seeds: list[int]) -> str:
+    hardware = record["hardware"]
+    rows: list[tuple[str, Any]] = [
+        ("seed" if len(seeds) == 1 else "seeds", ", ".join(map(str, seeds))),
+        ("commit of gd_plugin", record["commit"] or "an installed package"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
+        ("python", record["python"]),
+        ("hardware", ", ".join(hardware["gpu"]) or f"{hardware['cpu']}, {hardware['torch_threads']} thread(s)"),
+        ("wall time of a run", f"{record['wall_time_s']:.0f} s"),
+        ("date", record["created"]),
+    ]
+    # Indented: no backtick of a flag's value ends it.
+    return f"    {markdown.one_line(record['command'])}\n\n" + markdown.table(["", ""], rows)
+
+
+def _cells(final: dict) -> list[str]:
+    return [
+        "-" if key not in final else "diverged" if final[key] is None else form.format(final[key] * scale)
+        for _, key, scale, form, _ in _METRICS
+    ]
