@@ -121,7 +121,8 @@ class _Trainer(GradientDecayTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
-        if self.augmentation != "none" and torch.is_grad_enabled():  # evaluation has no gradients
+        # Not by whether gradients are enabled: the Trainer disables them after it has prepared an evaluation's batch.
+        if self.augmentation != "none" and self.model.training:
             inputs = {**inputs, "pixel_values": augment(inputs["pixel_values"], self.augmentation)}
         return inputs
 
