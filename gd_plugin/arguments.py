@@ -138,7 +138,8 @@ class Run:
     settings: dict[str, Any]
     data: DataArguments
     model: ModelArguments
-    trace_samples: int = 0
+    trace_samples: int
+    words: list[str]  # what was parsed
 
     @property
     def folder(self) -> Path:
@@ -194,7 +195,6 @@ def parse(argv: list[str], recipes: Path, grid: str = "runs") -> tuple[list[Run]
     if options.output_dir == parser.get_default("output_dir"):
         options.output_dir = str(Path(PARENT_FOLDER[grid]) / (recipe_name or Path(str(options.dataset)).name))
 
-    defaults = vars(parser.parse_args([]))
     given = getattr(options, grid)
     if given is None and grid == "study":
         raise ValueError(
@@ -214,20 +214,24 @@ def parse(argv: list[str], recipes: Path, grid: str = "runs") -> tuple[list[Run]
         folders.add(folder)
         of_run = words + _flags(differences, parser, f"{grid}: {name}") + [f"--output_dir={folder}"]
         try:
-            data, model, what, args = parser.parse_args_into_dataclasses(of_run, look_for_args_file=False)
+            runs.append(parse_one(name if given is not None else None, of_run, parser))
         except ValueError as error:
             raise ValueError(f"{grid}: {name}: {error}" if differences else str(error)) from None
-        if model.loss != "gd" and (args.gd_config != GradientDecayConfig() or args.label_smoothing_factor):
-            raise ValueError(
-                f"{name}: --loss {model.loss} knows neither the gd_ flags nor label_smoothing_factor; remove them, or "
-                "use --loss gd"
-            )
-        values = vars(parser.parse_args(of_run)).items()
-        settings = {k: v for k, v in values if v != defaults[k] and k not in NOT_SETTINGS}
-        runs.append(
-            Run(name if given is not None else _describe(args, model), args, settings, data, model, what.trace_samples)
-        )
     return runs, options
+
+
+def parse_one(name: str | None, words: list[str], parser: _Parser | None = None) -> Run:
+    """The run that these words, of which no recipe is part any more, ask for; without a name, one after its loss."""
+    parser = parser or _Parser()
+    data, model, what, args = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    if model.loss != "gd" and (args.gd_config != GradientDecayConfig() or args.label_smoothing_factor):
+        raise ValueError(
+            f"--loss {model.loss} knows neither the gd_ flags nor label_smoothing_factor; remove them, or use --loss gd"
+        )
+    defaults = vars(parser.parse_args([]))
+    values = vars(parser.parse_args(words)).items()
+    settings = {k: v for k, v in values if v != defaults[k] and k not in NOT_SETTINGS}
+    return Run(name or _describe(args, model), args, settings, data, model, what.trace_samples, words)
 
 
 def _chosen(variants: dict[str, Any], methods: list[str]) -> dict[str, Any]:
@@ -250,6 +254,8 @@ def _check_variants(variants: dict[str, Any], argv: list[str], grid: str) -> Non
         if not isinstance(differences, dict):
             raise ValueError(f"{grid}: {name} must map flags to values, got {differences!r}")
         for key in differences:
+            if key == "seed" and grid == "study":
+                raise ValueError(f"study: {name} sets seed, which --seeds sets; remove it")
             if key in shared:
                 raise ValueError(f"{grid}: {name} sets {key}, which all runs share; give it beside {grid}")
             if key in given:

@@ -47,8 +47,8 @@ class BaselineLossFunc(GradientDecayLossFunc):
 
     def compute(self, logits: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
         counted = target != IGNORE_INDEX
-        logits, target = logits[counted].float(), target[counted]
         with torch.no_grad():
-            cross_entropy = F.cross_entropy(logits, target, reduction=reduction)
-        losses = self.criterion(logits, target)
-        return losses.mean() if reduction == "mean" else losses.sum(), cross_entropy
+            cross_entropy = F.cross_entropy(logits.float(), target, ignore_index=IGNORE_INDEX, reduction=reduction)
+        # No boolean index, whose size the host would wait for.
+        losses = self.criterion(logits.float(), target.masked_fill(~counted, 0)).masked_fill(~counted, 0.0)
+        return losses.sum() / counted.sum() if reduction == "mean" else losses.sum(), cross_entropy

@@ -144,25 +144,26 @@ def collate_images(batch: dict[str, torch.Tensor] | list) -> dict[str, torch.Ten
     return batch if isinstance(batch, dict) else default_data_collator(batch)
 
 
-def augment(pixels: torch.Tensor, augmentation: str) -> torch.Tensor:
+def augment(pixels: torch.Tensor, augmentation: str, generator: torch.Generator | None = None) -> torch.Tensor:
     """Shift every image by up to an eighth of its size, and mirror half of them, the whole batch at once.
 
     Args:
-        pixels: shape (N, C, H, W), on any device, whose random numbers are used.
+        pixels: shape (N, C, H, W), on any device.
         augmentation: ``"none"``, ``"crop"`` or ``"crop_flip"``.
+        generator: of the random numbers; by default the device's.
 
     What comes in at the border is the mirrored image, as in the fast CIFAR-10 recipes (KellerJordan/cifar10-airbench).
     """
     if augmentation == "none":
         return pixels
     n, _, height, width = pixels.shape
-    device = pixels.device
+    device, random = pixels.device, {"device": pixels.device, "generator": generator}
     rows, columns = (
-        torch.arange(size, device=device) + torch.randint(2 * (size // 8) + 1, (n, 1), device=device)
+        torch.arange(size, device=device) + torch.randint(2 * (size // 8) + 1, (n, 1), **random)
         for size in (height, width)
     )
     if augmentation == "crop_flip":
-        columns = torch.where(torch.rand(n, 1, device=device) < 0.5, columns, columns.flip(1))
+        columns = torch.where(torch.rand(n, 1, **random) < 0.5, columns, columns.flip(1))
     padded = F.pad(pixels, (width // 8, width // 8, height // 8, height // 8), mode="reflect")
     index = (rows[:, :, None] * padded.shape[-1] + columns[:, None, :]).view(n, 1, -1)
     return padded.flatten(2).gather(2, index.expand(-1, pixels.shape[1], -1)).view_as(pixels)

@@ -60,14 +60,15 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"{folder} holds no runs; give the output folder of gd-plugin train with several runs")
     fixed = sorted((run for run in runs if run.fixed), key=lambda run: run.beta)
     reference = _reference(fixed)
-    compared = [run for run in fixed if run is not reference or reference.seed == fixed[0].seed]
-    if len({run.beta for run in compared}) < 2:
+    # With itself the reference agrees perfectly. The other claims need it where it is the only cross-entropy.
+    others = [run for run in runs if run is not reference]
+    compared = others if any(run.fixed and run.beta == 1 for run in others) else [reference, *others]
+    if len({run.beta for run in compared if run.fixed}) < 2:
         raise ValueError(f"{folder} has fewer than two fixed betas to compare; train at least two, and beta 1")
-    compared += [run for run in runs if not run.fixed]
 
     console = Console(emoji=False)
     claims = {
-        "curriculum": _curriculum(reference, compared, folder / "curriculum.png"),
+        "curriculum": _curriculum(reference, others, folder / "curriculum.png"),
         "features": _features(compared, folder / "features.png"),
         "smoothness": _smoothness(compared, folder / "smoothness.png"),
     }
@@ -103,7 +104,7 @@ def _reference(fixed: list[Traced]) -> Traced:
 
 def _learned(confidence: np.ndarray) -> np.ndarray:
     """(E, N) to (N): the first measurement from which on a sample stays convinced; E where it never does."""
-    below = confidence <= _CONVINCED
+    below = ~(confidence > _CONVINCED)  # also where it is no number
     last_below = len(below) - 1 - below[::-1].argmax(0)
     return np.where(below.any(0), last_below + 1, 0)
 
@@ -227,8 +228,8 @@ def _conclude(numbers: dict[str, dict], fixed: list[Traced], key: str, falls: bo
     held = bool((steps < 0).all() if falls else (steps > 0).all())
     shown = ", ".join(f"{run.name} {value:.3g}" for run, value in zip(ordered, values, strict=True))
     verdict = "held here" if held else "did not hold here"
-    if not np.isfinite(values).all():
-        verdict = "could not be measured here, train longer"
+    if len(values) < 2 or not np.isfinite(values).all():
+        held, verdict = False, "could not be measured here, train longer or more fixed betas"
     return {"held": held, "conclusion": f"'{claim}' {verdict}: {unit}: {shown}. One run each.", "runs": numbers}
 
 

@@ -85,13 +85,14 @@ def fit(
         )
     if save_model:
         trainer.save_model()
+    log = list(trainer.state.log_history)
+    final, test = trainer.evaluate_and_keep(splits[2], "test")
+    reliability, calibrated = trainer.reliability, None
+    if data.has_test and test:  # fitted and tested on the same samples, calibration would show nothing
+        _, validation = trainer.evaluate_and_keep(splits[1], "eval")
+        calibrated = _calibrate(validation, test) if validation else None
     if tracer:
         tracer.save(run.folder)
-    log = list(trainer.state.log_history)
-    _, validation = trainer.evaluate_and_keep(splits[1], "eval")
-    final, test = trainer.evaluate_and_keep(splits[2], "test")
-    # Fitted and tested on the same samples, it would show nothing.
-    calibrated = _calibrate(validation, test) if data.has_test and validation and test else None
     return {
         "format": RECORD_FORMAT,
         "name": run.name,
@@ -109,7 +110,7 @@ def fit(
         "log": [entry for entry in log if "loss" in entry],
         "final": final,
         "calibrated": calibrated,
-        "reliability": trainer.reliability,
+        "reliability": reliability,
     }
 
 
@@ -117,14 +118,24 @@ class _Trainer(GradientDecayTrainer):
     """Augments training batches where they lie, and keeps the logits of an evaluation when asked."""
 
     augmentation = "none"
+    _batches = 0
     _kept: list[tuple[Tensor, Tensor]] | None = None
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
         # Not by whether gradients are enabled: the Trainer disables them after it has prepared an evaluation's batch.
         if self.augmentation != "none" and self.model.training:
-            inputs = {**inputs, "pixel_values": augment(inputs["pixel_values"], self.augmentation)}
+            pixels = inputs["pixel_values"]
+            inputs = {**inputs, "pixel_values": augment(pixels, self.augmentation, self._generator(pixels.device))}
         return inputs
+
+    def _generator(self, device: torch.device) -> torch.Generator | None:
+        """Of this process: all have the same seed, and would shift and mirror their images alike."""
+        if self.args.world_size == 1:
+            return None
+        self._batches += 1
+        seed = hash((self.args.seed, self.args.process_index, self.state.global_step, self._batches))
+        return torch.Generator(device).manual_seed(seed % 2**63)
 
     def _gd_compute_metrics(self, prediction, compute_result: bool = True) -> dict[str, float]:
         if self._kept is not None:

@@ -120,6 +120,7 @@ class GradientDecayCallback(TrainerCallback):
         except ValueError as error:
             raise ValueError(with_gd_prefix(error)) from None
         self._beta = None
+        self.on_step_begin(args, state, control)  # also for who measures the loss before the first update
 
     def on_step_begin(self, args, state, control, **kwargs):
         beta = beta_at(self._schedule, state.global_step / state.max_steps)

@@ -40,7 +40,7 @@ COLUMNS = {
     "temperature/ece": Column("ECE %, temperature", 100, 2),
     "vector/nll": Column("NLL, vector scaling", 1, 4),
     "vector/ece": Column("ECE %, vector scaling", 100, 2),
-    "early_accuracy": Column("validation accuracy % after a quarter of training", 100, 2),
+    "early_accuracy": Column("validation accuracy %, first epoch past a quarter of training", 100, 2),
     "epochs_to_loss": Column("epochs to the baseline's final training cross-entropy", 1, 1),
     "epochs_to_accuracy": Column("epochs to the baseline's final validation accuracy", 1, 1),
 }
@@ -178,6 +178,8 @@ def _summary(key: str, method: Method, baseline: Method) -> Summary:
         return summary
     of_baseline = baseline.summaries[key].values
     seeds = [seed for seed in values if seed in of_baseline]
+    if key.startswith("epochs_to") and len(seeds) < len(method.records):
+        return summary  # without those that never got there, a mean would flatter
     differences = [values[seed] - of_baseline[seed] for seed in seeds]
     if differences:
         summary.difference = float(np.mean(differences))

@@ -9,13 +9,14 @@ The layout of a study's folder, which `gd_plugin.report` reads::
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shlex
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
@@ -26,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .arguments import Run, parse
+from .arguments import Run, parse, parse_one
 from .fit import fit
 from .record import RECORD_FORMAT, STUDY_FILE, publishable, publishable_words, read_record, write_json
 from .study_report import report
@@ -36,7 +37,7 @@ __all__ = ["Study", "prepare"]
 
 
 # What differs between machines and not between results.
-_NOT_COMPARED = ("data_dir", "label_column", "use_cpu", "dataloader_num_workers")
+_NOT_COMPARED = ("data_dir", "label_column", "use_cpu", "dataloader_num_workers")  # the data are compared themselves
 _USAGE = """usage: gd-plugin study RECIPE [--seeds N] [--jobs N] [--executor process|ray] [--flag value ...]
 
 Trains every method of the recipe's `study` with every seed and reports n, mean, deviation and paired differences to
@@ -84,19 +85,20 @@ def prepare(argv: list[str], recipes: Path) -> Study:
     if any(word.split("=")[0] in ("--seed", "--resume", "--runs") for word in words):
         raise ValueError("--seed, --resume and --runs are for gd-plugin train; a study has --seeds, goes on by itself")
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a study starts its own processes: run it without torchrun or accelerate launch, with --jobs")
+
     words += ["--save_strategy", "no"]  # a study keeps records, not models
     runs, options = parse(words, recipes, "study")
     check_runs(runs)
     folder = Path(options.output_dir)
-    tasks = [Task(seed, i, run) for seed in range(own.seeds) for i, run in enumerate(runs)]
+    tasks = [Task(seed, run) for seed in range(own.seeds) for run in runs]
     console = Console(emoji=False)
-    done = {} if options.overwrite else _complete(folder, tasks, console)
-    load(runs, console)  # what is wrong with the data shows here, not in a worker
+    data, _ = load(runs, console)  # what is wrong with the data shows here, not in a worker
+    done = {} if options.overwrite else _complete(folder, tasks, data.describe(), console)
     gpus = torch.cuda.device_count()
     return Study(
         folder=folder,
-        words=words,
-        recipes=recipes,
         tasks=tasks,
         done=done,
         seeds=own.seeds,
@@ -110,10 +112,9 @@ def prepare(argv: list[str], recipes: Path) -> Study:
 
 @dataclass
 class Task:
-    """One run of a study: a seed and the place of a method in the recipe."""
+    """One run of a study: a seed and a method."""
 
     seed: int
-    method: int
     run: Run
 
     def path(self, folder: Path) -> Path:
@@ -130,8 +131,6 @@ class Study:
     """A checked study; nothing is trained or written before `run`."""
 
     folder: Path
-    words: list[str]
-    recipes: Path
     tasks: list[Task]
     done: dict[Path, dict]
     seeds: int
@@ -144,6 +143,9 @@ class Study:
     def run(self) -> int:
         """Train what is not complete yet, then report; returns the exit code."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for task in self.tasks:
+            if task.path(self.folder) not in self.done:  # with --overwrite, old records must not pass for new ones
+                task.path(self.folder).unlink(missing_ok=True)
         write_json(
             self.folder / STUDY_FILE,
             {
@@ -160,11 +162,15 @@ class Study:
         try:
             failed = self._train(waiting) if waiting else []
         except KeyboardInterrupt:
-            print("gd-plugin: stopped; the same command goes on where it was", file=sys.stderr)
+            print("gd-plugin: stopped; the same command, without --overwrite, goes on where it was", file=sys.stderr)
             return 130
         for task, reason in failed:
             self.console.print(f"failed: seed {task.seed}, {task.run.name}: {reason}", soft_wrap=True, markup=False)
-        report(self.folder, self.console)
+        try:
+            report(self.folder, self.console)
+        except ValueError as error:  # nothing to compare with
+            print(f"gd-plugin: error: {error}", file=sys.stderr)
+            return 1
         return 1 if failed else 0
 
     def _train(self, waiting: list[Task]) -> list[tuple[Task, str]]:
@@ -201,7 +207,7 @@ def _line(record: dict) -> str:
     )
 
 
-def _complete(folder: Path, tasks: list[Task], console: Console) -> dict[Path, dict]:
+def _complete(folder: Path, tasks: list[Task], dataset: dict, console: Console) -> dict[Path, dict]:
     """The records of the study that are there already, by their files; a damaged one is set aside."""
     done = {}
     for task in tasks:
@@ -217,6 +223,11 @@ def _complete(folder: Path, tasks: list[Task], console: Console) -> dict[Path, d
             path.rename(aside)
             console.print(f"{error}; set aside as {aside.name}", soft_wrap=True, markup=False)
             continue
+        if record["dataset"] != dataset:
+            raise ValueError(
+                f"{path} is of other data: {_difference(record['dataset'], dataset)}; choose another --output_dir, or "
+                "train it again with --overwrite"
+            )
         before, now = record["config"], task.settings
         for key in sorted({*before, *now} - set(_NOT_COMPARED)):
             if before.get(key) != now.get(key):
@@ -228,18 +239,21 @@ def _complete(folder: Path, tasks: list[Task], console: Console) -> dict[Path, d
     return done
 
 
+def _difference(before: dict, now: dict) -> str:
+    key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
+    return f"{key} was {str(before.get(key))[:80]} and is {str(now.get(key))[:80]}"
+
+
 class _Worker:
     """Holds the data, prepared once, and trains one run after the other."""
 
-    def __init__(self, words: list[str], recipes: Path, command: str, threads: int) -> None:
+    def __init__(self, name: str, words: list[str], command: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.words, self.recipes, self.command = words, recipes, command
-        self.runs, _ = parse(words, recipes, "study")
-        self.data, self.splits = load(self.runs, Console(quiet=True))
+        self.command = command
+        self.data, self.splits = load([parse_one(name, words)], Console(quiet=True))
 
-    def work(self, seed: int, method: int) -> dict:
-        runs, _ = parse([*self.words, f"--seed={seed}"], self.recipes, "study")  # the Trainer changes its arguments
-        run = runs[method]
+    def work(self, name: str, words: list[str], seed: int) -> dict:
+        run = parse_one(name, [*words, f"--seed={seed}"])
         with tempfile.TemporaryDirectory() as folder:
             run.args.output_dir = folder
             return fit(run, self.data, self.splits, self.command, callbacks=[], save_model=False)
@@ -252,37 +266,56 @@ def _threads(study: Study) -> int:
 _worker: _Worker | None = None  # of a worker process
 
 
-def _start_worker(counter, gpus: int, *args) -> None:
+def _start_worker(*args) -> None:
     global _worker
-    if gpus:  # before torch first asks for one
-        with counter.get_lock():
-            os.environ["CUDA_VISIBLE_DEVICES"] = str(counter.value % gpus)
-            counter.value += 1
     # A pool's worker does not notice that the study was killed, and would train what nobody waits for.
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     _worker = _Worker(*args)
 
 
-def _work(seed: int, method: int) -> dict:
-    return _worker.work(seed, method)
+def _work(*args) -> dict:
+    return _worker.work(*args)
 
 
 def _in_processes(study: Study, waiting: list[Task]) -> Iterator[tuple[Task, dict | None, str]]:
-    # Not forked: torch's threads and CUDA do not survive that.
-    context = get_context("spawn")
-    arguments = (context.Value("i", 0), study.gpus, study.words, study.recipes, study.command, _threads(study))
-    pool = ProcessPoolExecutor(min(study.jobs, len(waiting)), context, _start_worker, arguments)
+    """One pool of one process per job: what kills a process fails one run, and each keeps its GPU."""
+    context = get_context("spawn")  # not forked: torch's threads and CUDA do not survive that
+    first = study.tasks[0].run
+    arguments = (first.name, first.words, study.command, _threads(study))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(study.gpus)]
+    pools = [ProcessPoolExecutor(1, context, _start_worker, arguments) for _ in range(min(study.jobs, len(waiting)))]
+    tasks, running = iter(waiting), {}
+
+    def start(pool: ProcessPoolExecutor, task: Task) -> None:
+        if gpus:  # inherited by the process that the pool starts now, since importing torch looks for them
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[pools.index(pool) % len(gpus)]
+        running[pool.submit(_work, task.run.name, task.run.words, task.seed)] = (task, pool)
+
     try:
-        futures = {pool.submit(_work, task.seed, task.method): task for task in waiting}
-        for future in as_completed(futures):
+        for pool in pools:
+            start(pool, next(tasks))
+        while running:
+            finished = next(iter(wait(running, return_when=FIRST_COMPLETED).done))
+            task, pool = running.pop(finished)
             try:
-                yield futures[future], future.result(), ""
+                result = (task, finished.result(), "")
             except BrokenProcessPool:
-                yield futures[future], None, "a worker process was killed (out of memory?); give the command again"
+                result = (task, None, "its process was killed (out of memory?); give the command again")
+                pools[pools.index(pool)] = pool = ProcessPoolExecutor(1, context, _start_worker, arguments)
             except Exception as error:  # of one run; the others go on
-                yield futures[future], None, f"{type(error).__name__}: {error}"
+                result = (task, None, f"{type(error).__name__}: {error}")
+            following = next(tasks, None)
+            if following is not None:
+                start(pool, following)
+            yield result
     finally:
-        pool.shutdown(cancel_futures=True)
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
+        if visible is None:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
 def _import_ray():
@@ -294,28 +327,32 @@ def _import_ray():
 
 
 def _on_ray(study: Study, waiting: list[Task]) -> Iterator[tuple[Task, dict | None, str]]:
-    """One actor per job, each with its cores or its GPU; Ray finds the machines, and replaces a dead actor."""
+    """One actor per job, each with its cores or its GPU; Ray finds the machines, and replaces a dead actor.
+
+    Data that are not on the Hub must lie in the same folder on every machine; recipes need not.
+    """
     ray = _import_ray()
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="ERROR")
     threads = _threads(study)
     resources = {"num_gpus": 1} if study.gpus else {"num_cpus": threads}
     actor = ray.remote(max_restarts=3, max_task_retries=3, **resources)(_Worker)
-    # The recipe travels as words, since another machine need not have the file.
-    workers = [
-        actor.remote(study.words, study.recipes, study.command, threads) for _ in range(min(study.jobs, len(waiting)))
-    ]
-    tasks = iter(waiting)
-    running = {}
-    for worker in workers:
-        task = next(tasks)
-        running[worker.work.remote(task.seed, task.method)] = (task, worker)
+    first = study.tasks[0].run
+    tasks, running = iter(waiting), {}
+
+    def start(worker, task: Task) -> None:
+        running[worker.work.remote(task.run.name, task.run.words, task.seed)] = (task, worker)
+
+    for task in itertools.islice(tasks, study.jobs):
+        start(actor.remote(first.name, first.words, study.command, threads), task)
     while running:
         (finished,), _ = ray.wait(list(running))
         task, worker = running.pop(finished)
         following = next(tasks, None)
         if following is not None:
-            running[worker.work.remote(following.seed, following.method)] = (following, worker)
+            start(worker, following)
+        else:
+            ray.kill(worker)  # its place may be what the next one waits for
         try:
             yield task, ray.get(finished), ""
         except Exception as error:  # of one run; the others go on

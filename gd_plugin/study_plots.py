@@ -126,6 +126,7 @@ def plot_warmup(study: StudyResults, path: str | os.PathLike) -> None:
         ValueError: fewer than two such warm-ups, or another suffix than .png or .svg.
     """
     linear = [m for m in _of(study, "warm-up") if m.gd["schedule"] == "linear" and m.gd["warmup_ratio"]]
+    linear = [m for m in linear if isinstance(m.gd["beta"], float) and isinstance(m.gd["beta_start"], float)]
     ends = [m.gd["beta"] for m in linear]
     end = max(ends, key=ends.count, default=None)
     linear = [m for m in linear if m.gd["beta"] == end]

@@ -14,10 +14,11 @@ from transformers import Trainer, TrainerCallback
 
 from .record import TRACE_FILE, write_atomic
 
-__all__ = ["Tracer", "power_iteration", "read_trace"]
+__all__ = ["Tracer", "find_head", "power_iteration", "read_trace"]
 
 _SAMPLES = 64  # the first of the training split, on which curvature is measured
 _ITERATIONS = 10
+_UNUSED = {"allow_unused": True, "materialize_grads": True}  # parameters that the loss does not depend on
 
 
 class Tracer(TrainerCallback):
@@ -72,7 +73,7 @@ class Tracer(TrainerCallback):
         for inputs in self._batches(self.trainer.train_dataset, _SAMPLES):
             losses, count = losses + self._loss(model, inputs), count + len(inputs["labels"])
         loss = losses / count
-        gradient = torch.autograd.grad(loss, parameters, create_graph=True)
+        gradient = torch.autograd.grad(loss, parameters, create_graph=True, **_UNUSED)
         flat = torch.cat([g.detach().flatten() for g in gradient])
         weights = torch.cat([p.detach().flatten() for p in parameters])
         quotient = math.nan
@@ -85,7 +86,9 @@ class Tracer(TrainerCallback):
             parts = [
                 v.view_as(p) for v, p in zip(vector.split([p.numel() for p in parameters]), parameters, strict=True)
             ]
-            return torch.cat([h.flatten() for h in torch.autograd.grad(gradient, parameters, parts, retain_graph=True)])
+            return torch.cat(
+                [h.flatten() for h in torch.autograd.grad(gradient, parameters, parts, retain_graph=True, **_UNUSED)]
+            )
 
         return power_iteration(product, torch.randn_like(flat)), quotient
 
@@ -139,6 +142,20 @@ class Tracer(TrainerCallback):
         return tuple(
             torch.cat(parts).flatten(1 if parts is seen else 0).float().numpy() for parts in (seen, labels, gradients)
         )
+
+
+def find_head(model: nn.Module) -> nn.Linear:
+    """The last linear layer with an output for every class, whose input are the features.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
+    if not found:
+        raise ValueError(
+            "--trace_samples: the model has no linear layer as its head; leave it out, or use another model"
+        )
+    return found[-1]
 
 
 def power_iteration(product, start: Tensor, iterations: int = _ITERATIONS) -> float:

@@ -29,6 +29,7 @@ from .metrics import METRICS
 from .models import build_model
 from .record import publishable_words, read_record, write_atomic, write_json
 from .report import draw, print_table
+from .trace import find_head
 
 __all__ = ["Interrupted", "Job", "check_runs", "load", "prepare"]
 
@@ -47,6 +48,8 @@ def prepare(argv: list[str], recipes: Path) -> Job:
     for run in runs:
         check_folder(run, options)
     check_runs(runs)
+    for run in runs:
+        refuse_data_parallel(run.args)
     console = Console(quiet=runs[0].args.process_index != 0, emoji=False)
     data, splits = load(runs, console)
     command = f"gd-plugin train {shlex.join(publishable_words(argv))}"
@@ -97,6 +100,8 @@ def load(runs: list[Run], console: Console) -> tuple[ClassificationData, list[to
         else:
             splits = [PreparedImages(split, processor) for split in (data.train, data.validation, data.test)]
     _check_model(model, processor, splits[0], runs[0].model.model)
+    if any(run.trace_samples for run in runs):
+        find_head(model)
     return data, splits
 
 
@@ -156,7 +161,6 @@ class Job:
 
 def _check_arguments(args: GradientDecayTrainingArguments) -> None:
     """What `TrainingArguments` accepts and the Trainer stumbles over."""
-    refuse_data_parallel(args)
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -164,6 +168,11 @@ def _check_arguments(args: GradientDecayTrainingArguments) -> None:
         raise ValueError(f"--learning_rate must not be negative, got {args.learning_rate}")
     if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
         raise ValueError(f"--num_train_epochs must be greater than 0, got {args.num_train_epochs}")
+    if args.dataloader_persistent_workers:
+        raise ValueError(
+            "--dataloader_persistent_workers: the Trainer would test on the validation split, whose workers it keeps; "
+            "leave it out"
+        )
     best = args.metric_for_best_model
     if best is not None and best.removeprefix("eval_") not in ("loss", *METRICS):
         raise ValueError(f"--metric_for_best_model {best}: the metrics are loss, {', '.join(METRICS)}")

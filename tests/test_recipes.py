@@ -23,6 +23,7 @@ from gd_plugin.data import PreparedImages, augment, collate_images, load_data
 from gd_plugin.fit import _Trainer
 from gd_plugin.hf import GradientDecayTrainingArguments
 from gd_plugin.models import build_model
+from gd_plugin.record import read_record
 
 RECIPES = recipes_folder()
 DEFAULTS = "defaults"
@@ -169,16 +170,29 @@ def test_the_augmentation_follows_the_seed_and_keeps_the_type(dtype):
     assert first.dtype == dtype and not torch.equal(first, other)
 
 
-def test_only_training_batches_are_augmented(tmp_path):
+def test_only_training_batches_are_augmented(small, tmp_path, monkeypatch):
+    """In a real run of the command: as many images as training sees, and none of validation, test, trace or
+    calibration."""
+    from gd_plugin import cli, fit
+
+    counts = []
+    monkeypatch.setattr(fit, "augment", lambda pixels, *args: (counts.append(len(pixels)), augment(pixels, *args))[1])
+    words = ["--dataset", "digits", *small, "--num_train_epochs", "2", "--trace_samples", "16"]
+    for kind in ("crop_flip", "none"):
+        assert cli.main(["train", *words, "--augmentation", kind, "--output_dir", str(tmp_path / kind)]) == 0
+        assert (sum(counts), kind) in ((2 * 128, "crop_flip"), (2 * 128, "none"))
+    a, b = (read_record(tmp_path / kind / "record.json") for kind in ("crop_flip", "none"))
+    assert a["log"] != b["log"]  # negative control: it does change training
+
+
+def test_an_evaluation_is_the_same_twice(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.augmentation = "crop_flip"
-    batch = {"pixel_values": torch.rand(32, 3, 16, 16), "labels": torch.zeros(32, dtype=torch.long)}
-    given = batch["pixel_values"].clone()
-    augmented = trainer._prepare_inputs(batch)
-    assert not torch.equal(augmented["pixel_values"], given) and augmented["labels"] is batch["labels"]
-    with torch.no_grad():
-        assert torch.equal(trainer._prepare_inputs(batch)["pixel_values"], given)
-    assert torch.equal(batch["pixel_values"], given)
+    first, second = (trainer.evaluate()["eval_nll"] for _ in range(2))
+    assert first == second
+    trainer.model.train()  # negative control: in training mode the same batch differs
+    batch = {"pixel_values": torch.rand(8, 3, 16, 16), "labels": torch.zeros(8, dtype=torch.long)}
+    assert not torch.equal(trainer._prepare_inputs(batch)["pixel_values"], batch["pixel_values"])
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["in memory", "decoded again"])

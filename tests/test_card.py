@@ -1,0 +1,116 @@
+"""`gd-plugin card`: every number of a card is in a record, and no text of other people's breaks it."""
+
+import copy
+import json
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+
+from gd_plugin.card import run_card
+from gd_plugin.record import read_record, write_json
+
+RUNS = {"cross-entropy": {"gd_beta": 1}, "warm-up": {"gd_beta": 5, "gd_beta_start": 0.01, "gd_warmup_ratio": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def trained(train, small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    train("--dataset", "digits", *small, "--runs", json.dumps(RUNS), output_dir=folder)
+    return folder
+
+
+def test_the_card_of_a_real_run(trained, command):
+    code, out, err = command("card", trained / "warm-up")
+    path = trained / "warm-up/README.md"
+    assert (code, out, err) == (0, f"Model card: {path}\n", "")
+    card, record = ModelCard.load(path), read_record(trained / "warm-up/record.json")
+    data = card.data
+    assert (data.library_name, data.pipeline_tag, data.license) == (
+        "transformers",
+        "image-classification",
+        "apache-2.0",
+    )
+    assert {"gradient-decay", "timm", "arxiv:2210.17145"} <= set(data.tags) and data.datasets is None
+    found = {result.metric_type: result.metric_value for result in data.eval_results}
+    final = record["final"]
+    assert found == {
+        "accuracy": final["accuracy"],
+        "nll": final["nll"],
+        "brier_score": final["brier"],
+        "expected_calibration_error": final["ece"],
+        "confidence_gap": final["confidence_gap"],
+    }
+    assert {(r.dataset_name, r.dataset_split) for r in data.eval_results} == {("digits", "test")}
+    text = card.text
+    baseline = read_record(trained / "cross-entropy/record.json")
+    for name, r in (("this model: warm-up", record), ("cross-entropy", baseline)):
+        assert f"| {name} | {100 * r['final']['accuracy']:.2f} | {r['final']['nll']:.4f} |" in text
+    assert "No cross-entropy baseline" not in text
+    assert "beta goes from 0.01 to 5.0 over 0.5 of training (linear), and stays there." in text
+    assert record["command"] in text and record["commit"] in text and record["versions"]["torch"] in text
+    assert f"is {record['calibrated']['temperature']['temperature']:.4g}:" in text
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (path.parent / picture).is_file()
+    assert "curves.png" in text and "@article{" in text
+    written = path.read_bytes()
+    command("card", trained / "warm-up")
+    assert path.read_bytes() == written
+
+
+def test_a_run_alone_says_so(trained):
+    record = read_record(trained / "warm-up/record.json")
+    assert "**No cross-entropy baseline was trained beside it.**" in run_card(record, [], [])
+    baseline = read_record(trained / "cross-entropy/record.json")
+    assert "No cross-entropy baseline" not in run_card(baseline, [], [])
+
+
+HOSTILE = "a|b <script>alert(1)</script> [x](http://e.example) `code` $\\frac$\n---\nlicense: stolen {{ 1 + 1 }}"
+
+
+def test_hostile_text_stays_text(trained):
+    record = copy.deepcopy(read_record(trained / "warm-up/record.json"))
+    record["name"] = record["dataset"]["name"] = record["model"]["name"] = record["command"] = HOSTILE
+    record["config"] = {"dataset": HOSTILE, HOSTILE: "1"}
+    card = ModelCard(run_card(record, [dict(record, name=HOSTILE)], ["curves.png"]))
+    assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "image-classification"
+    outside_code = re.sub(r"(`+) .*? \1(?!`)|`[^`]*`|^    .*$", "", card.text, flags=re.M)
+    assert not re.search(r"(?<!\\)<script", outside_code)
+    assert re.findall(r"(?<!\\)\]\((http[^)]*)", outside_code) == ["https://arxiv.org/abs/2210.17145"]
+    assert "{{ 1 + 1 }}" in card.text  # not evaluated
+    tables = [line for line in card.text.splitlines() if line.startswith("|")]
+    widths = {len(re.findall(r"(?:\\.|[^|\\])+", line)) for line in tables}
+    assert widths == {6, 2}
+
+
+def test_a_diverged_run_has_a_card(trained):
+    record = copy.deepcopy(read_record(trained / "warm-up/record.json"))
+    record["final"] = dict.fromkeys(record["final"])
+    record["calibrated"] = None
+    card = ModelCard(run_card(record, [], []))
+    assert "| diverged |" in card.text and not card.data.eval_results
+    assert "No temperature was fitted." in card.text
+
+
+def test_runs_on_other_data_are_not_compared(trained, command, tmp_path):
+    for name in RUNS:
+        record = read_record(trained / name / "record.json")
+        if name == "cross-entropy":
+            record["dataset"]["train"] += 1
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "record.json", record)
+    assert command("card", tmp_path / "warm-up").code == 0
+    assert "| cross-entropy |" not in (tmp_path / "warm-up/README.md").read_text()
+
+
+def test_bad_input(command, trained, tmp_path):
+    def error(*words):
+        code, out, err = command("card", *words)
+        assert (code, out) == (2, "") and err.count("\n") == 1
+        return err
+
+    assert f"{tmp_path} holds neither record.json nor study.json; give the folder" in error(tmp_path)
+    assert "--method is for a study" in error(trained / "warm-up", "--method", "x")
+    (tmp_path / "record.json").write_text("{")
+    assert "not JSON" in error(tmp_path)
+    assert not (tmp_path / "README.md").exists()
