@@ -88,7 +88,7 @@ def _read(folder: Path) -> Traced:
     record = read_record(folder / "record.json")
     gd = record["gd"]
     plain = record.get("loss", "gd") == "gd" and gd["beta_start"] is None and isinstance(gd["beta"], float)
-    fixed = plain and "label_smoothing_factor" not in record["config"]
+    fixed = plain and not record["config"].get("label_smoothing_factor")
     beta = gd["beta"] if isinstance(gd["beta"], float) else math.nan
     return Traced(record["name"], beta, fixed, record["seed"], read_trace(folder))
 

@@ -49,6 +49,8 @@ def main(argv: list[str]) -> int:
     if studies:
         if len(studies) < len(options.runs):
             raise ValueError("studies and single runs cannot be compared; give one kind at a time")
+        if options.output_dir:
+            raise ValueError("--output_dir is for single runs; the report of a study goes into its own folder")
         for folder in studies:
             _report_study(folder, console, options.format)
         return 0

@@ -83,7 +83,7 @@ class Method:
     def family(self) -> str:
         """``"fixed beta"``, ``"warm-up"``, or ``"other loss"``."""
         record = next(iter(self.records.values()))
-        if record.get("loss", "gd") != "gd" or "label_smoothing_factor" in record["config"]:
+        if record.get("loss", "gd") != "gd" or record["config"].get("label_smoothing_factor"):
             return "other loss"
         return "fixed beta" if record["gd"]["beta_start"] is None else "warm-up"
 

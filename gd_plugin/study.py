@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import shlex
 import sys
@@ -200,10 +201,10 @@ class Study:
 
 
 def _line(record: dict) -> str:
-    final = record["final"]
+    accuracy, nll, ece = (record["final"].get(key, math.nan) for key in ("accuracy", "nll", "ece"))
     return (
-        f"seed {record['seed']}, {record['name']}: accuracy {100 * final['accuracy']:.2f} %, NLL {final['nll']:.4f}, "
-        f"ECE {100 * final['ece']:.2f} %, {record['wall_time_s']:.0f} s"
+        f"seed {record['seed']}, {record['name']}: accuracy {100 * accuracy:.2f} %, NLL {nll:.4f}, ECE "
+        f"{100 * ece:.2f} %, {record['wall_time_s']:.0f} s"
     )
 
 
