@@ -377,7 +377,10 @@ BAD = [
     (f'--dataset digits {MODEL} --study {{"a":{{"gd_beta":-1}}}}', r"study: a: gd_beta must be greater than 0, got .*"),
     (f"{STUDY} --loss focal", rf"study: five: {BASELINE}"),
     (f'--dataset digits {MODEL} --study {{"a":{{}},"b":{{"loss":"focal","gd_beta":5}}}}', rf"study: b: {BASELINE}"),
-    (f'--dataset digits {MODEL} --loss focal --study {{"b":{{"label_smoothing_factor":0.1}}}}', rf"study: b: {BASELINE}"),
+    (
+        f'--dataset digits {MODEL} --loss focal --study {{"b":{{"label_smoothing_factor":0.1}}}}',
+        rf"study: b: {BASELINE}",
+    ),
     (f"{STUDY} --loss focus", r"argument --loss: invalid choice: 'focus' \(choose from .*\)"),
     (f"{STUDY} --augmentation flip", r"argument --augmentation: invalid choice: 'flip' \(choose from .*\)"),
     (f"--dataset {{T}} --model {{B}} {TWO} --augmentation crop", r"--augmentation crop is for images, \S+ holds text"),
