@@ -295,8 +295,11 @@ def test_what_diverges_is_complete(again, study):
 def test_on_a_real_local_ray_cluster(study, finished, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 1}')
     try:
-        outcome = study(tmp_path, "--executor", "ray", "--methods", "five")
+        # The second job waits for the place of the first.
+        outcome = study(tmp_path, "--executor", "ray", "--methods", "five", "--jobs", 2)
+        assert ray.cluster_resources()["CPU"] == 1
     finally:
         ray.shutdown()
     assert outcome.code == 0 and "failed: " not in outcome.out
