@@ -118,11 +118,8 @@ class Tracer(TrainerCallback):
 
     def _test_samples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         model = self.trainer.model.eval()
-        head = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels][
-            -1
-        ]
         seen: list[Tensor] = []
-        hook = head.register_forward_hook(lambda module, given, result: seen.append(given[0].detach().cpu()))
+        hook = find_head(model).register_forward_hook(lambda head, given, logits: seen.append(given[0].detach().cpu()))
         labels, gradients = [], []
         try:
             for inputs in self._batches(self.test, self.samples):
@@ -139,9 +136,9 @@ class Tracer(TrainerCallback):
                 labels.append(inputs["labels"].cpu())
         finally:
             hook.remove()
-        return tuple(
-            torch.cat(parts).flatten(1 if parts is seen else 0).float().numpy() for parts in (seen, labels, gradients)
-        )
+        # A head on every position of a sequence, whose length differs between batches: the mean over the positions.
+        features = torch.cat([x.float().mean(1) if x.dim() == 3 else x.float() for x in seen])
+        return features.numpy(), torch.cat(labels).numpy(), torch.cat(gradients).float().numpy()
 
 
 def find_head(model: nn.Module) -> nn.Linear:
@@ -152,9 +149,7 @@ def find_head(model: nn.Module) -> nn.Linear:
     """
     found = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
     if not found:
-        raise ValueError(
-            "--trace_samples: the model has no linear layer as its head; leave it out, or use another model"
-        )
+        raise ValueError("--trace_samples: the model's head is not a linear layer; leave it out, or use another model")
     return found[-1]
 
 

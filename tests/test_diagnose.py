@@ -13,7 +13,7 @@ from gd_plugin import GradientDecayConfig, gradient_decay_cross_entropy
 from gd_plugin.diagnose import _learned
 from gd_plugin.hf import GradientDecayTrainer
 from gd_plugin.record import read_record
-from gd_plugin.trace import Tracer, power_iteration, read_trace
+from gd_plugin.trace import Tracer, find_head, power_iteration, read_trace
 
 RUNS = {
     "reference": {"gd_beta": 1, "seed": 1},
@@ -127,6 +127,45 @@ def test_a_trace_holds_every_epoch_and_the_one_before(traced):
     assert trace["confidence"].shape == (3, 40) and ((trace["confidence"] > 0) & (trace["confidence"] < 1)).all()
     assert (trace["curvature"] > 0).all() and trace["features"].shape[0] == len(trace["test_labels"]) == 40
     assert np.isfinite(trace["input_gradient"]).all()
+
+
+def test_a_head_on_every_position_of_texts_of_any_length(train, bert, command, tmp_path):
+    """GPT-2 classifies every position and takes the last; its inputs are no numbers to differentiate by."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
+
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=16, vocab_size=len(tokenizer), pad_token_id=0)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "films").mkdir()
+    for split, n in (("train", 24), ("test", 12)):
+        rows = [f"{'film ' * (1 + i % 7)}{('bad', 'good')[i % 2]},{i % 2}" for i in range(n)]
+        (tmp_path / f"films/{split}.csv").write_text("\n".join(["text,label", *rows]))
+    runs = {name: RUNS[name] for name in ("reference", "cross-entropy", "beta 0.1")}
+    words = [
+        "--dataset",
+        tmp_path / "films",
+        "--model",
+        tmp_path / "gpt2",
+        "--num_train_epochs",
+        1,
+        "--use_cpu",
+        "true",
+    ]
+    sizes = ["--per_device_eval_batch_size", 5, "--trace_samples", 11, "--runs", json.dumps(runs)]
+    train(*words, *sizes, output_dir=tmp_path / "out")
+    trace = read_trace(tmp_path / "out/beta-0.1")
+    assert trace["features"].shape == (11, 16) and trace["test_labels"].shape == (11,)
+    assert np.isnan(trace["input_gradient"]).all() and np.isfinite(trace["curvature"]).all()
+    assert command("diagnose", tmp_path / "out").code == 0
+
+
+def test_a_head_that_is_not_linear_is_refused():
+    model = nn.Conv2d(8, 3, 1)
+    model.config = types.SimpleNamespace(num_labels=3)
+    with pytest.raises(ValueError, match="--trace_samples: the model's head is not a linear layer"):
+        find_head(model)
+    assert find_head(Classifier()).out_features == 3
 
 
 # The command ----------------------------------------------------------------------------------------------------------
