@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import markdown
-from .record import STUDY_FILE, read_record, write_atomic
+from .parser import Parser
+from .record import STUDY_FILE, family, read_record, write_atomic
 
 if TYPE_CHECKING:
     from .stats import StudyResults
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         ValueError: no run and no study, or a damaged record; one line.
         OSError: the folder cannot be written to.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="gd-plugin card",
         description="Writes README.md, the model card for the Hub, into the folder of a run of gd-plugin train or of a "
         "study. Every number in it is from the records there.",
@@ -71,11 +71,6 @@ def main(argv: list[str]) -> int:
         path = write_run_card(folder)
     print(f"Model card: {path}")
     return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(f"{message} (gd-plugin card --help)")
 
 
 def write_run_card(folder: Path) -> Path:
@@ -113,7 +108,7 @@ def run_card(record: dict, siblings: list[dict], pictures: list[str]) -> str:
         f"{dataset['test']:,} samples of the split {markdown.code(dataset['tested_on'])}, after the last epoch; one "
         "run each, so that differences may be chance. gap: confidence minus accuracy, positive is overconfident."
     )
-    if not any(r.get("loss", "gd") == "gd" and r["gd"]["beta"] == 1 for r in (record, *siblings)):
+    if not any(family(r) == "fixed beta" and r["gd"]["beta"] == 1 for r in (record, *siblings)):
         note += " **No cross-entropy baseline was trained beside it.**"
     results = markdown.table(["run", *(title for title, *_ in _METRICS)], rows)
     values = {key: record["final"].get(key) for _, key, *_ in _METRICS}

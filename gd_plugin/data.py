@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
-from transformers import default_data_collator
 
 from .arguments import DATASET_HELP, DataArguments
 
@@ -139,9 +138,9 @@ class PreparedImages(torch.utils.data.Dataset):
         return {"pixel_values": pixels, "labels": self.split.labels[indices]}
 
 
-def collate_images(batch: dict[str, torch.Tensor] | list) -> dict[str, torch.Tensor]:
+def collate_images(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What `PreparedImages.__getitems__` gives is a batch already."""
-    return batch if isinstance(batch, dict) else default_data_collator(batch)
+    return batch
 
 
 def augment(pixels: torch.Tensor, augmentation: str, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -9,7 +9,6 @@ Each draws a picture and ends in one line that says whether the claim held here.
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,9 @@ from matplotlib.lines import Line2D
 from rich.console import Console
 from scipy import stats
 
+from .parser import Parser
 from .plots import layout, legend, line_style, save
-from .record import read_record, write_json
+from .record import family, read_record, write_json
 from .trace import read_trace
 
 __all__ = ["main"]
@@ -33,8 +33,8 @@ _GROUPS = ("easy", "medium", "hard")
 @dataclass
 class Traced:
     name: str
-    beta: float  # the final one
-    fixed: bool  # no warm-up, no other loss
+    beta: float  # of a fixed one, else NaN
+    fixed: bool  # no warm-up, no other loss, one number for all classes
     seed: int
     trace: dict[str, np.ndarray]
 
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         ValueError: a folder without traced runs, or without a reference; one line.
         OSError: the folder cannot be written to.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="gd-plugin diagnose",
         description="Measures the claims about curriculum, features and smoothness on runs that were trained with "
         "--trace_samples, for instance by `gd-plugin train digits_traced`. Needs at least two fixed betas, and a run "
@@ -79,18 +79,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(f"{message} (gd-plugin diagnose --help)")
-
-
 def _read(folder: Path) -> Traced:
     record = read_record(folder / "record.json")
-    gd = record["gd"]
-    plain = record.get("loss", "gd") == "gd" and gd["beta_start"] is None and isinstance(gd["beta"], float)
-    fixed = plain and not record["config"].get("label_smoothing_factor")
-    beta = gd["beta"] if isinstance(gd["beta"], float) else math.nan
-    return Traced(record["name"], beta, fixed, record["seed"], read_trace(folder))
+    beta = record["gd"]["beta"]
+    fixed = family(record) == "fixed beta" and isinstance(beta, float)
+    return Traced(record["name"], beta if fixed else math.nan, fixed, record["seed"], read_trace(folder))
 
 
 def _reference(fixed: list[Traced]) -> Traced:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from .arguments import Run
@@ -57,12 +57,9 @@ def fit(
     images = isinstance(splits[0], PreparedImages)
     if images:
         args.remove_unused_columns = False  # whose collator would take a batch for a list of samples
-    trainer_class = _Trainer
-    if run.model.loss != "gd":
-        trainer_class = type("_BaselineTrainer", (_Trainer,), {
-            "_gd_loss_func": staticmethod(partial(BaselineLossFunc, criterion=baseline(run.model.loss)))
-        })  # fmt: skip
-    trainer = trainer_class(
+    trainer = _Trainer(
+        criterion=None if run.model.loss == "gd" else baseline(run.model.loss),
+        augmentation=run.data.augmentation if images else "none",
         model=model,
         args=args,
         train_dataset=splits[0],
@@ -71,7 +68,6 @@ def fit(
         callbacks=callbacks,
         data_collator=collate_images if images else None,
     )
-    trainer.augmentation = run.data.augmentation if images else "none"
     trainer.remove_callback(PrinterCallback)  # its lines would tear the progress bar
     tracer = Tracer(run.trace_samples) if run.trace_samples and save_model else None
     if tracer:
@@ -115,11 +111,21 @@ def fit(
 
 
 class _Trainer(GradientDecayTrainer):
-    """Augments training batches where they lie, and keeps the logits of an evaluation when asked."""
+    """Augments training batches where they lie, and keeps the logits of an evaluation when asked.
 
-    augmentation = "none"
-    _batches = 0
-    _kept: list[tuple[Tensor, Tensor]] | None = None
+    Args:
+        criterion: another loss than the gradient-decay loss, per sample of (N, C) logits and (N) class indices.
+        augmentation: as for `gd_plugin.data.augment`.
+        *args, **kwargs: the Trainer's.
+    """
+
+    def __init__(self, *args, criterion: nn.Module | None = None, augmentation: str = "none", **kwargs) -> None:
+        if criterion is not None:
+            self._gd_loss_func = partial(BaselineLossFunc, criterion=criterion)
+        super().__init__(*args, **kwargs)
+        self.augmentation = augmentation
+        self._batches = 0  # augmented so far
+        self._kept: list[tuple[Tensor, Tensor]] | None = None
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,7 +157,7 @@ class GradientDecayMixin:
             than the model's classes, several GPUs in one process (DataParallel), labels outside the classes.
     """
 
-    _gd_loss_func: type[GradientDecayLossFunc] = GradientDecayLossFunc
+    _gd_loss_func: Callable[[GradientDecayConfig], GradientDecayLossFunc] = GradientDecayLossFunc
 
     def __init__(self, *args, gd_config: GradientDecayConfig | None = None, compute_loss_func=None, **kwargs):
         if compute_loss_func is not None:

@@ -23,6 +23,7 @@ __all__ = [
     "TRACE_FILE",
     "environment",
     "epochs_from_log",
+    "family",
     "json_text",
     "publishable",
     "publishable_words",
@@ -132,6 +133,13 @@ def epochs_from_log(log_history: list[dict]) -> list[dict]:
             )
             training = []
     return epochs
+
+
+def family(record: dict) -> str:
+    """What a record's loss is: ``"fixed beta"``, ``"warm-up"``, or ``"other loss"``, label smoothing among these."""
+    if record.get("loss", "gd") != "gd" or record["config"].get("label_smoothing_factor"):
+        return "other loss"
+    return "fixed beta" if record["gd"]["beta_start"] is None else "warm-up"
 
 
 def publishable_words(argv: list[str]) -> list[str]:

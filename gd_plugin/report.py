@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .parser import Parser
 from .plots import plot_curves, plot_reliability
 from .record import STUDY_FILE, read_record
 
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
         ValueError: a folder without a record, or one that cannot be read; one line.
         OSError: the output folder cannot be written to.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="gd-plugin report",
         description="Draws training curves and a reliability diagram of every run into its folder, and where there are "
         "several, of all of them in one picture into --output_dir; prints their last metrics.",
@@ -91,11 +91,6 @@ def _report_study(folder: Path, console: Console, suffix: str) -> None:
     except ModuleNotFoundError as error:
         raise ValueError(f"the report of a study needs {error.name}: pip install 'gd_plugin[study]'") from None
     report(folder, console, suffix)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(f"{message} (gd-plugin report --help)")
 
 
 def _folders(run: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from .record import RECORD_FORMAT, STUDY_FILE, read_record
+from .record import RECORD_FORMAT, STUDY_FILE, family, read_record
 
 __all__ = ["COLUMNS", "Method", "StudyResults", "Summary", "read_study"]
 
@@ -81,11 +81,8 @@ class Method:
 
     @property
     def family(self) -> str:
-        """``"fixed beta"``, ``"warm-up"``, or ``"other loss"``."""
-        record = next(iter(self.records.values()))
-        if record.get("loss", "gd") != "gd" or record["config"].get("label_smoothing_factor"):
-            return "other loss"
-        return "fixed beta" if record["gd"]["beta_start"] is None else "warm-up"
+        """As `gd_plugin.record.family`."""
+        return family(next(iter(self.records.values())))
 
 
 @dataclass

@@ -8,7 +8,6 @@ The layout of a study's folder, which `gd_plugin.report` reads::
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import os
@@ -30,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .arguments import Run, parse, parse_one
 from .fit import fit
+from .parser import Parser
 from .record import RECORD_FORMAT, STUDY_FILE, publishable, publishable_words, read_record, write_json
 from .study_report import report
 from .train import check_runs, load
@@ -55,11 +55,6 @@ All other flags are those of gd-plugin train (--help there), and override the re
 """
 
 
-class _OwnFlags(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(f"{message} (gd-plugin study --help)")
-
-
 def prepare(argv: list[str], recipes: Path) -> Study:
     """Read flags and recipe, load the data once, and check everything that can be checked before training.
 
@@ -73,7 +68,7 @@ def prepare(argv: list[str], recipes: Path) -> Study:
     if {"-h", "--help"} & set(argv):
         print(_USAGE)
         raise SystemExit(0)
-    flags = _OwnFlags(add_help=False, allow_abbrev=False)
+    flags = Parser(prog="gd-plugin study", add_help=False, allow_abbrev=False)
     flags.add_argument("--seeds", type=int, default=5)
     flags.add_argument("--jobs", type=int)
     flags.add_argument("--executor", choices=("process", "ray"), default="process")
@@ -349,12 +344,13 @@ def _on_ray(study: Study, waiting: list[Task]) -> Iterator[tuple[Task, dict | No
     while running:
         (finished,), _ = ray.wait(list(running))
         task, worker = running.pop(finished)
+        try:
+            result = (task, ray.get(finished), "")
+        except Exception as error:  # of one run; the others go on
+            result = (task, None, f"{type(error).__name__}: {error}")
         following = next(tasks, None)
         if following is not None:
             start(worker, following)
         else:
             ray.kill(worker)  # its place may be what the next one waits for
-        try:
-            yield task, ray.get(finished), ""
-        except Exception as error:  # of one run; the others go on
-            yield task, None, f"{type(error).__name__}: {error}"
+        yield result

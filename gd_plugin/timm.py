@@ -118,6 +118,8 @@ def model_card(run: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ValueError, OSError: the folder holds no record.
     """
+    from .card import CITATION  # and with it huggingface_hub, which comes with timm
+
     record = read_record(Path(run) / "record.json")
     settings, final, dataset = record["config"], record["final"], record["dataset"]
     gd = {name: value for name, value in record["gd"].items() if value}
@@ -151,14 +153,6 @@ def model_card(run: str | os.PathLike) -> dict[str, Any]:
         "details": details,
         "citation": [CITATION],
     }
-
-
-CITATION = """@article{zhang2024gradientdecay,
-  title   = {Probability-Dependent Gradient Decay in Large Margin Softmax},
-  author  = {Zhang, Siyuan and Xie, Linbo and Chen, Ying},
-  journal = {arXiv preprint arXiv:2210.17145},
-  year    = {2022}
-}"""
 
 
 if __name__ == "__main__":  # torchrun --nproc-per-node 2 -m gd_plugin.timm PATH/TO/train.py ...

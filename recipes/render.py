@@ -95,12 +95,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if something differs")
     check = parser.parse_args().check
-    stale = [p for p, text in rendered().items() if not p.exists() or p.read_text(encoding="utf-8") != text]
-    for path in stale:
+    stale = {p: text for p, text in rendered().items() if not p.exists() or p.read_text(encoding="utf-8") != text}
+    for path, text in stale.items():
         if check:
             print(f"{path.relative_to(ROOT)} is not what the records say: python recipes/render.py", file=sys.stderr)
         else:
-            write_atomic(path, rendered()[path])
+            write_atomic(path, text)
             print(path.relative_to(ROOT))
     return 1 if check and stale else 0
 

@@ -67,6 +67,11 @@ def test_a_run_alone_says_so(trained):
     assert "**No cross-entropy baseline was trained beside it.**" in run_card(record, [], [])
     baseline = read_record(trained / "cross-entropy/record.json")
     assert "No cross-entropy baseline" not in run_card(baseline, [], [])
+    # beta is 1 in these too, and they are no cross-entropy
+    smoothed = dict(baseline, config=dict(baseline["config"], label_smoothing_factor=0.1))
+    warmed = dict(baseline, gd=dict(baseline["gd"], beta_start=0.01, warmup_ratio=0.5))
+    for other in (smoothed, warmed, dict(baseline, loss="focal")):
+        assert "**No cross-entropy baseline" in run_card(record, [other], [])
 
 
 HOSTILE = "a|b <script>alert(1)</script> [x](http://e.example) `code` $\\frac$\n---\nlicense: stolen {{ 1 + 1 }}"

@@ -2,7 +2,6 @@
 compare with, and what is fitted after training."""
 
 import math
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -296,16 +295,13 @@ class Points(torch.utils.data.Dataset):
 def trainer_of(folder, loss=None, **arguments):
     """As `gd_plugin.fit.fit` makes one."""
     torch.manual_seed(0)
-    kind = _Trainer
-    if loss is not None:
-        function = staticmethod(partial(BaselineLossFunc, criterion=baseline(loss)))
-        kind = type("_BaselineTrainer", (_Trainer,), {"_gd_loss_func": function})
     args = GradientDecayTrainingArguments(
         str(folder),
         **{"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1},
         **{"learning_rate": 0.1, "lr_scheduler_type": "constant", "remove_unused_columns": False, **arguments},
     )
-    return kind(model=Linear(), args=args, train_dataset=Points(), eval_dataset=Points())
+    criterion = None if loss is None else baseline(loss)
+    return _Trainer(criterion=criterion, model=Linear(), args=args, train_dataset=Points(), eval_dataset=Points())
 
 
 @pytest.mark.parametrize("name", LOSSES)
