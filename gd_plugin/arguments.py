@@ -201,7 +201,10 @@ def parse(argv: list[str], recipes: Path, grid: str = "runs") -> tuple[list[Run]
             'no methods to compare: give a recipe with `study`, or --study \'{"ce": {"gd_beta": 1}, ...}\''
         )
     variants = {"run": {}} if given is None else json_mapping(grid, given)
-    if grid == "study" and options.methods is not None:
+    # The recipe's choice is one from the recipe's study.
+    own_study = any(word.split("=")[0] == "--study" for word in argv)
+    own_methods = any(word.split("=")[0] == "--methods" for word in argv)
+    if grid == "study" and options.methods is not None and (own_methods or not own_study):
         variants = _chosen(variants, options.methods)
     _check_variants(variants, argv, grid)
     runs, folders = [], set()

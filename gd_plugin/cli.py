@@ -147,7 +147,7 @@ def _missing_package(error: ImportError) -> str:
     text = str(error)
     # transformers raises an ImportError of its own, with a paragraph and no name, for packages that it can do without.
     name = (error.name or "").split(".")[0] or next((n for n in ("timm", *_OF_EXTRA_HF) if n in text), "")
-    extra = "timm" if name == "timm" else "hf" if name in _OF_EXTRA_HF else None
+    extra = {"timm": "timm", "scipy": "study"}.get(name, "hf" if name in _OF_EXTRA_HF else None)
     return f"the package {name} is missing: pip install 'gd_plugin[{extra}]'" if extra else text
 
 

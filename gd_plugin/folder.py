@@ -14,19 +14,24 @@ import yaml
 from .arguments import Run
 from .record import TRACE_FILE, read_record
 
-__all__ = ["SETTINGS_FILE", "check_folder", "last_whole_checkpoint", "remove_run"]
+__all__ = ["SETTINGS_FILE", "check_folder", "check_writable", "last_whole_checkpoint", "remove_run"]
 
 SETTINGS_FILE = "args.yaml"  # what the run was asked for, itself a recipe
 
 
-def check_folder(run: Run, options: argparse.Namespace) -> None:
-    """Refuse a folder that cannot be written to, and to mix two runs in one folder."""
-    folder = run.folder
+def check_writable(folder: Path) -> None:
+    """Raise ``ValueError`` unless ``folder``, which need not exist, can be made and written to."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"--output_dir {folder}: {existing} is a file; give a folder")
     if not os.access(existing, os.W_OK):
         raise ValueError(f"--output_dir {folder}: {existing} may not be written to; give another folder")
+
+
+def check_folder(run: Run, options: argparse.Namespace) -> None:
+    """Refuse a folder that cannot be written to, and to mix two runs in one folder."""
+    folder = run.folder
+    check_writable(folder)
     for path in folder.glob("checkpoint-*"):
         if path.is_dir() and path not in _checkpoints(folder):
             raise ValueError(f"{path} is no checkpoint of the Trainer, which would remove it all the same; rename it")

@@ -9,6 +9,7 @@ The layout of a study's folder, which `gd_plugin.report` reads::
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import shlex
@@ -29,8 +30,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .arguments import Run, parse, parse_one
 from .fit import fit
+from .folder import check_writable
 from .parser import Parser
-from .record import RECORD_FORMAT, STUDY_FILE, publishable, publishable_words, read_record, write_json
+from .record import RECORD_FORMAT, STUDY_FILE, json_text, publishable, publishable_words, read_record, write_json
 from .study_report import report
 from .train import check_runs, load
 
@@ -88,6 +90,7 @@ def prepare(argv: list[str], recipes: Path) -> Study:
     runs, options = parse(words, recipes, "study")
     check_runs(runs)
     folder = Path(options.output_dir)
+    check_writable(folder)
     tasks = [Task(seed, run) for seed in range(own.seeds) for run in runs]
     console = Console(emoji=False)
     data, _ = load(runs, console)  # what is wrong with the data shows here, not in a worker
@@ -119,7 +122,8 @@ class Task:
     @property
     def settings(self) -> dict[str, Any]:
         settings = {key: publishable(value) for key, value in self.run.settings.items() if key != "seed"}
-        return settings | ({"seed": self.seed} if self.seed != 42 else {})  # 42: the Trainer's default
+        settings |= {"seed": self.seed} if self.seed != 42 else {}  # 42: the Trainer's default
+        return json.loads(json_text(settings))  # as a record holds them: an infinity is null there
 
 
 @dataclass
@@ -222,6 +226,11 @@ def _complete(folder: Path, tasks: list[Task], dataset: dict, console: Console) 
         if record["dataset"] != dataset:
             raise ValueError(
                 f"{path} is of other data: {_difference(record['dataset'], dataset)}; choose another --output_dir, or "
+                "train it again with --overwrite"
+            )
+        if record["name"] != task.run.name:  # names that make the same file name
+            raise ValueError(
+                f"{path} is of the method {record['name']!r}, not {task.run.name!r}; choose another --output_dir, or "
                 "train it again with --overwrite"
             )
         before, now = record["config"], task.settings

@@ -1,5 +1,6 @@
 """`gd-plugin study` from the words of the command line to its records, and on from what a stopped study left."""
 
+import contextlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from gd_plugin.arguments import parse
 from gd_plugin.cli import recipes_folder
 from gd_plugin.metrics import METRICS
 from gd_plugin.record import read_record
@@ -192,6 +194,67 @@ def test_a_killed_study_goes_on_to_the_same_records(study, finished, small, tmp_
     assert {path: after[path] for path in before} == before
     for run in RUNS:
         assert result(folder, *run) == result(finished[0], *run)
+
+
+def test_workers_end_with_a_study_that_is_killed_alone(small, tmp_path):
+    """As the kernel kills it where memory runs out: nobody waits for what they train."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    argv = [sys.executable, script, "study", *words(small, tmp_path / "out"), "--num_train_epochs", "500"]
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(argv, stdout=said, stderr=said, start_new_session=True)
+    try:
+        children, end = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.monotonic() + 300
+
+        def alive():
+            found = [Path(f"/proc/{pid}/stat") for pid in pids]
+            return [stat for stat in found if stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"]
+
+        while len(pids := children.read_text().split()) < 2:  # the resource tracker and a worker
+            assert process.poll() is None and time.monotonic() < end, (tmp_path / "said").read_text()
+            time.sleep(0.05)
+        assert alive()  # negative control
+        process.kill()
+        process.wait()
+        while alive():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_method_that_is_renamed_in_its_case_is_another(study, copy):
+    before = state(copy)
+    code, _, err = study(copy, methods={"CE": {"gd_beta": 1}, "five": {"gd_beta": 5}})
+    assert (code, err.count("\n")) == (2, 1)
+    assert "seed-0/ce.json is of the method 'ce', not 'CE'; choose another --output_dir" in err
+    assert state(copy) == before
+
+
+def test_an_infinity_is_the_same_the_second_time(study, tmp_path):
+    methods = {"ce": {"gd_beta": 1, "max_grad_norm": "inf"}}
+    assert study(tmp_path, "--seeds", 1, methods=methods).code == 0
+    outcome = study(tmp_path, "--seeds", 1, methods=methods)
+    assert (outcome.code, outcome.err) == (0, "") and "1 of 1 runs are complete already" in outcome.out
+
+
+def test_a_study_of_ones_own_takes_the_place_of_the_recipes_methods():
+    own = '{"mine": {"gd_beta": 3}}'
+    runs, _ = parse(["mnist_mlp", "--study", own], recipes_folder(), "study")
+    assert [run.name for run in runs] == ["mine"]
+    assert len(parse(["mnist_mlp"], recipes_folder(), "study")[0]) > 5
+    with pytest.raises(ValueError, match="--methods 'other': the study has no such method"):
+        parse(["mnist_mlp", "--study", own, "--methods", "other"], recipes_folder(), "study")
+
+
+def test_an_output_folder_that_is_a_file(study, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = study(tmp_path / "file")
+    assert (code, err) == (
+        2,
+        f"gd-plugin: error: --output_dir {tmp_path}/file: {tmp_path}/file is a file; give a folder\n",
+    )
 
 
 def test_a_corrupt_record_is_set_aside_and_trained_again(study, finished, copy):
