@@ -7,6 +7,7 @@ python recipes/render.py --check   writes nothing, and names what differs; CI ru
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -54,6 +55,31 @@ def advice(found: dict[str, StudyResults]) -> str:
     return markdown.table(["recipe", "epochs", "chosen for", "method", "accuracy %", "NLL", "ECE %"], rows)
 
 
+def claims(found: dict[str, StudyResults]) -> str:
+    """Per study: confidence at three betas, and which betas and warm-ups differ significantly from cross-entropy."""
+    rows = []
+    for name, study in found.items():
+        methods = {method.name: method for method in study.methods}
+        gaps = [methods[method].summaries["confidence_gap"] for method in ("beta 0.1", "cross-entropy", "beta 5")]
+        ours = [m for m in study.methods[1:] if m.family in ("fixed beta", "warm-up")]
+
+        def significant(key: str, sign: int, ours: list = ours) -> str:
+            found = [m.name for m in ours if m.summaries[key].q < 0.05 and sign * m.summaries[key].difference > 0]
+            return ", ".join(found) or f"none of {len(ours)}"
+
+        cells = [significant("accuracy", 1), significant("accuracy", -1), significant("ece", -1)]
+        cells.append(significant("early_accuracy", 1))
+        rows.append([name, *(mean_and_sd("confidence_gap", gap) for gap in gaps), *cells])
+    head = ["recipe", "gap %, beta 0.1", "cross-entropy", "beta 5"]
+    return markdown.table([*head, "more accurate", "less accurate", "smaller ECE", "more accurate early"], rows)
+
+
+def diagnosis() -> str:
+    """What `gd-plugin diagnose` said of the runs of recipes/digits_traced.yaml."""
+    claims = json.loads((RESULTS / "digits_traced/diagnosis.json").read_bytes())["claims"]
+    return "\n".join(f"- {name}: {markdown.plain(claim['conclusion'])}" for name, claim in claims.items())
+
+
 def evidence(name: str, study: StudyResults) -> str:
     """Every number of the card, unrounded, and where the records are that it is computed from."""
     content = {
@@ -82,8 +108,8 @@ def rendered() -> dict[Path, str]:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     blocks = {f"table: {name}": summary(name, study) for name, study in found.items()}
-    blocks["advice"] = advice(found)
-    for marker in re.findall(r"<!-- ((?:table: \w+)|advice) -->", text):
+    blocks |= {"advice": advice(found), "claims": claims(found), "diagnosis": diagnosis()}
+    for marker in re.findall(r"<!-- (table: \w+|advice|claims|diagnosis) -->", text):
         # From the marker to the first empty line.
         pattern = rf"(<!-- {re.escape(marker)} -->\n).*?(?=\n\n)"
         text = re.sub(pattern, lambda match, block=blocks[marker]: match[1] + block, text, flags=re.DOTALL)

@@ -5,6 +5,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import timm
 import timm.loss
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,45 @@ def test_the_model_of_every_recipe_takes_its_images(name):
     with torch.no_grad():
         logits = model.eval()(pixel_values=torch.rand(2, *size)).logits
     assert logits.shape == (2, classes) and logits.isfinite().all()
+
+
+TWINS = sorted(path.stem for path in (RECIPES / "timm").glob("*.yaml"))
+
+
+def test_every_image_recipe_has_a_twin_for_timm():
+    """But the built-in data, and SVHN, since timm's reader of `datasets` takes no configuration's name."""
+    assert {*NAMES} - {*TWINS} == {"digits", "digits_traced", "svhn_resnet18"} and {*TWINS} <= {*NAMES}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_the_twin_for_timm_says_the_same(name):
+    run = parse([name], RECIPES)[0][0]
+    twin = yaml.safe_load((RECIPES / f"timm/{name}.yaml").read_text())
+    args, image_size = run.args, run.model.image_size
+    assert twin["dataset"] == f"hfds/{run.data.dataset}" and twin["num_classes"] == run.data.num_classes
+    assert (twin["input_size"], twin["crop_pct"]) == ([3, image_size, image_size], 1.0)
+    assert twin["train_split"] == f"train[:{run.data.max_train_samples or '90%'}]" and args.seed == 42  # timm's own
+    assert twin["val_split"] == "train[90%:]" and run.data.validation_fraction == 0.1
+    assert (twin["epochs"], twin["lr"]) == (args.num_train_epochs, args.learning_rate)
+    assert (twin["batch_size"], twin["validation_batch_size"]) == (
+        args.per_device_train_batch_size,
+        args.per_device_eval_batch_size,
+    )
+    assert (twin["weight_decay"], twin["clip_grad"]) == (args.weight_decay, args.max_grad_norm)
+    assert twin["warmup_epochs"] == pytest.approx(args.warmup_steps * args.num_train_epochs)
+    assert (twin["opt"], twin["sched"], twin["smoothing"], twin["min_lr"]) == ("adamw", "cosine", 0, 0)
+    assert (args.optim, args.lr_scheduler_type) == ("adamw_torch", "cosine")
+    if run.data.augmentation == "none":
+        assert twin["no_aug"]
+    else:
+        assert twin["hflip"] == (0.5 if run.data.augmentation == "crop_flip" else 0)
+
+    data = SimpleNamespace(name=name, kind="image", label_names=[str(i) for i in range(twin["num_classes"])])
+    ours, _ = build_model(run.model, data)
+    theirs = timm.create_model(
+        twin["model"], num_classes=twin["num_classes"], global_pool=twin.get("gp"), **twin.get("model_kwargs", {})
+    )
+    assert [p.shape for p in theirs.parameters()] == [p.shape for p in ours.parameters()]
 
 
 @pytest.mark.parametrize("name", NAMES)
