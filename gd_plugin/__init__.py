@@ -1,5 +1,6 @@
 """Gradient-decay softmax cross-entropy (arXiv 2210.17145). Importing this loads torch and no trainer."""
 
+from .calibration import apply_temperature
 from .config import GradientDecayConfig
 from .functional import gradient_decay_cross_entropy
 from .linear import linear_gradient_decay_cross_entropy
@@ -12,6 +13,7 @@ __all__ = [
     "GradientDecayConfig",
     "GradientDecayLoss",
     "__version__",
+    "apply_temperature",
     "beta_at",
     "gradient_decay_cross_entropy",
     "linear_gradient_decay_cross_entropy",

@@ -44,7 +44,8 @@ DEFAULTS = {
     "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 # What a run is asked to do, as opposed to what it is.
-NOT_SETTINGS = ("output_dir", "overwrite", "resume", "runs", "study", "methods", "hub_token")
+NOT_SETTINGS = ("output_dir", "overwrite", "resume", "runs", "study", "methods", "hub_token", "push_to_hub",
+                "hub_model_id", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision")  # fmt: skip
 PARENT_FOLDER = {"runs": "runs", "study": "studies"}
 _MAX_FOLDER_NAME = 100  # characters of a run's folder; file systems take 255 bytes
 

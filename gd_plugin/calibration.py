@@ -4,9 +4,42 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["fit_temperature", "fit_vector_scaling"]
+__all__ = ["apply_temperature", "fit_temperature", "fit_vector_scaling"]
+
+
+def apply_temperature(model: nn.Module) -> nn.Module:
+    """Divide a model's logits by the temperature in its configuration from now on, and return the model.
+
+    ``gd-plugin train`` stores the temperature that it fitted to the validation split (Guo et al. 2017, arXiv
+    1706.04599) as ``gd_temperature``. Without this call a model gives the plain softmax of its logits::
+
+        pipe = pipeline("image-classification", model="user/name")
+        apply_temperature(pipe.model)
+
+    Args:
+        model: one of transformers; its outputs have ``logits``, of shape (..., C). Predictions stay the same. In
+            training mode, where a loss is to see the logits as they are, nothing is divided.
+
+    Raises:
+        ValueError: there is no temperature in the configuration, or it is not a number above 0.
+    """
+    temperature = getattr(getattr(model, "config", None), "gd_temperature", None)
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
+        raise ValueError(
+            f"the model's configuration has no temperature (gd_temperature: {temperature!r}); gd-plugin train stores "
+            "one where the data have a validation and a test split"
+        )
+
+    def divide(module: nn.Module, args, output):
+        if not module.training:
+            output.logits = output.logits / module.config.gd_temperature
+        return output
+
+    if not getattr(model, "_gd_temperature_hook", None):  # a second call changes nothing
+        model._gd_temperature_hook = model.register_forward_hook(divide)
+    return model
 
 
 def fit_temperature(logits: Tensor, target: Tensor) -> float:

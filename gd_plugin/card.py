@@ -14,7 +14,7 @@ from .record import STUDY_FILE, family, read_record, write_atomic
 if TYPE_CHECKING:
     from .stats import StudyResults
 
-__all__ = ["CITATION", "main", "run_card", "study_card", "write_run_card"]
+__all__ = ["CITATION", "LICENSE_HELP", "hyperparameters", "main", "run_card", "study_card", "write_run_card"]
 
 CITATION = """@article{zhang2024gradientdecay,
   title   = {Probability-Dependent Gradient Decay in Large Margin Softmax},
@@ -22,6 +22,11 @@ CITATION = """@article{zhang2024gradientdecay,
   journal = {arXiv preprint arXiv:2210.17145},
   year    = {2022}
 }"""
+LICENSE_HELP = "apache-2.0 for a model trained from scratch, none for a fine-tuned one, whose base decides"
+_OF_TIMM = (
+    "model", "epochs", "batch_size", "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "amp", "smoothing",
+    "mixup", "cutmix", "model_ema", "world_size", "seed",
+)  # fmt: skip
 _TEMPLATE = Path(__file__).parent / "card.md.jinja"
 _PICTURES = {
     "curves": "Training curves",
@@ -53,6 +58,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("folder", type=Path, metavar="RUN_OR_STUDY")
     parser.add_argument("--method", help="of a study; default: the one with the smallest NLL on the validation split")
+    parser.add_argument("--license", help="of the model, an identifier of the Hub; default: " + LICENSE_HELP)
     options = parser.parse_args(argv)
     folder = options.folder
     if (folder / STUDY_FILE).is_file():
@@ -60,7 +66,7 @@ def main(argv: list[str]) -> int:
 
         pictures = [f"{name}.png" for name in _PICTURES if (folder / f"{name}.png").is_file()]
         path = folder / "README.md"
-        write_atomic(path, study_card(read_study(folder), pictures, options.method))
+        write_atomic(path, study_card(read_study(folder), pictures, options.method, options.license))
     elif options.method is not None:
         raise ValueError(f"--method is for a study, and {folder} is none; leave it out")
     elif not (folder / "record.json").is_file():
@@ -68,16 +74,17 @@ def main(argv: list[str]) -> int:
             f"{folder} holds neither record.json nor {STUDY_FILE}; give the folder of one run, or a study's"
         )
     else:
-        path = write_run_card(folder)
+        path = write_run_card(folder, options.license)
     print(f"Model card: {path}")
     return 0
 
 
-def write_run_card(folder: Path) -> Path:
+def write_run_card(folder: Path, license: str | None = None) -> Path:
     """Write the card of a run of `gd-plugin train` as README.md into its folder, beside the record and the pictures.
 
     Args:
         folder: holds ``record.json``; runs beside it on the same data are the ones it is compared with.
+        license: of the model, an identifier of the Hub.
 
     Raises:
         ValueError, OSError: there is no record, or it cannot be read.
@@ -87,17 +94,18 @@ def write_run_card(folder: Path) -> Path:
     siblings = [other for other in siblings if _comparable(other, record)]
     pictures = [f"{name}.png" for name in _PICTURES if (folder / f"{name}.png").is_file()]
     path = folder / "README.md"
-    write_atomic(path, run_card(record, siblings, pictures))
+    write_atomic(path, run_card(record, siblings, pictures, license))
     return path
 
 
-def run_card(record: dict, siblings: list[dict], pictures: list[str]) -> str:
+def run_card(record: dict, siblings: list[dict], pictures: list[str], license: str | None = None) -> str:
     """The card of one run, as text.
 
     Args:
         record: as from `gd_plugin.record.read_record`.
         siblings: records of the runs that it is compared with, the baseline among them.
         pictures: files beside the card, named after what they show: ``curves.png``, ``reliability.png``.
+        license: of the model, an identifier of the Hub.
     """
     dataset = record["dataset"]
     rows = [
@@ -105,22 +113,24 @@ def run_card(record: dict, siblings: list[dict], pictures: list[str]) -> str:
         for r in (record, *siblings)
     ]
     note = (
-        f"{dataset['test']:,} samples of the split {markdown.code(dataset['tested_on'])}, after the last epoch; one "
-        "run each, so that differences may be chance. gap: confidence minus accuracy, positive is overconfident."
+        f"{_number(dataset.get('test'))} samples of the split {markdown.code(dataset['tested_on'])}, after the last "
+        "epoch; one run each, so that differences may be chance. gap: confidence minus accuracy, positive is "
+        "overconfident."
     )
     if not any(family(r) == "fixed beta" and r["gd"]["beta"] == 1 for r in (record, *siblings)):
         note += " **No cross-entropy baseline was trained beside it.**"
     results = markdown.table(["run", *(title for title, *_ in _METRICS)], rows)
     values = {key: record["final"].get(key) for _, key, *_ in _METRICS}
-    return _render(record, values, results, note, _temperature(record), pictures, [record["seed"]])
+    return _render(record, values, results, note, _temperature(record), pictures, [record["seed"]], license)
 
 
-def study_card(study: StudyResults, pictures: list[str], method: str | None = None) -> str:
+def study_card(study: StudyResults, pictures: list[str], method: str | None = None, license: str | None = None) -> str:
     """The card of a method of a study: mean and deviation over its seeds, beside all the others.
 
     Args:
         pictures: files beside the card, named after what they show.
         method: by name; by default the one with the smallest NLL on the validation split.
+        license: of the model, an identifier of the Hub.
 
     Raises:
         ValueError: there is no such method.
@@ -153,7 +163,7 @@ def study_card(study: StudyResults, pictures: list[str], method: str | None = No
     temperature = f"With the temperature fitted to the validation split, on the same test samples: {', '.join(after)}."
     head = ["method", "n", *(title for title, *_ in _METRICS)]
     values = {key: chosen.summaries[key].mean if chosen.summaries[key].n else None for key in keys}
-    return _render(record, values, markdown.table(head, rows), note, temperature, pictures, study.seeds)
+    return _render(record, values, markdown.table(head, rows), note, temperature, pictures, study.seeds, license)
 
 
 def _render(
@@ -164,10 +174,12 @@ def _render(
     temperature: str,
     pictures: list[str],
     seeds: list[int],
+    license: str | None,
 ) -> str:
     name = f"{_short(record['model']['name'])} on {record['dataset']['name']}, {record['name']}"
+    name = (record.get("card") or {}).get("model_name") or name
     card = ModelCard.from_template(
-        _metadata(record, name, values),
+        _metadata(record, name, values, license),
         template_path=str(_TEMPLATE),
         title=markdown.plain(name),
         summary=_summary(record),
@@ -175,13 +187,21 @@ def _render(
         results_note=note,
         pictures=[(_PICTURES[Path(file).stem], file) for file in pictures],
         loss=_loss(record),
-        hyperparameters=markdown.table(["setting", "value"], record["config"].items()),
+        hyperparameters=markdown.table(["setting", "value"], hyperparameters(record).items()),
         temperature=temperature,
-        samples=f"{record['dataset']['test']:,}",
+        samples=_number(record["dataset"].get("test")),
         reproduce=_reproduce(record, seeds),
         citation=CITATION,
     )
     return str(card).rstrip() + "\n"
+
+
+def hyperparameters(record: dict) -> dict[str, Any]:
+    """Those of a record's settings that say how it was trained: timm's train.py has two hundred more."""
+    config = record["config"]
+    if "opt" not in config:
+        return config
+    return {name: config[name] for name in _OF_TIMM if config.get(name) is not None}
 
 
 def _comparable(other: dict, record: dict) -> bool:
@@ -190,33 +210,43 @@ def _comparable(other: dict, record: dict) -> bool:
     return all(other["dataset"].get(key) == record["dataset"].get(key) for key in keys)
 
 
+def _number(samples: int | None) -> str:
+    return "an unknown number of" if samples is None else f"{samples:,}"
+
+
 def _short(model: str) -> str:
     return model.removeprefix("timm:").rsplit("/", 1)[-1]
 
 
-def _metadata(record: dict, name: str, values: dict[str, float | None]) -> ModelCardData:
-    dataset, model = record["dataset"], record["model"]["name"]
-    task = f"{dataset.get('kind', 'image')}-classification"
+def _metadata(record: dict, name: str, values: dict[str, float | None], license: str | None) -> ModelCardData:
+    dataset, model, said = record["dataset"], record["model"]["name"], record.get("card") or {}
+    task = said.get("task") or f"{dataset.get('kind', 'image')}-classification"
+    base = said.get("base_model") or (model if "/" in model and ":" not in model else None)
+    hub = dataset.get("hub") or ([dataset["name"]] if "/" in dataset["name"] else [])
     results = [
         EvalResult(
             task_type=task,
-            dataset_type=dataset["name"],
+            dataset_type=(hub or [dataset["name"]])[0],
             dataset_name=dataset["name"],
             dataset_split=dataset["tested_on"],
+            dataset_revision=dataset.get("revision"),
             metric_type=kind,
             metric_name=title.removesuffix(" %"),
             metric_value=values[key],
         )
         for title, key, _, _, kind in _METRICS
-        if values[key] is not None
+        if values.get(key) is not None
     ]
+    by_timm = model.startswith("timm:")
+    tags = ["gradient-decay", "calibration", "arxiv:2210.17145", *(["timm", "transformers"] if by_timm else [])]
     return ModelCardData(
-        license="apache-2.0",
-        library_name="transformers",
+        language=said.get("language"),
+        license=license or said.get("license") or (None if base else "apache-2.0"),
+        library_name="timm" if by_timm else "transformers",  # which loads it; of a timm model both do
         pipeline_tag=task,
-        datasets=[dataset["name"]] if "/" in dataset["name"] else None,
-        base_model=model if "/" in model and ":" not in model else None,
-        tags=["gradient-decay", "calibration", "arxiv:2210.17145", *(["timm"] if model.startswith("timm:") else [])],
+        datasets=hub or None,
+        base_model=base,
+        tags=[*tags, *(tag for tag in said.get("tags") or () if tag not in tags)],
         metrics=["accuracy"],
         model_name=name,
         eval_results=results,
@@ -224,10 +254,11 @@ def _metadata(record: dict, name: str, values: dict[str, float | None]) -> Model
 
 
 def _summary(record: dict) -> str:
+    data, model = record["dataset"], record["model"]
     return (
-        f"{markdown.code(record['model']['name'])} ({record['model']['parameters']:,} weights), trained on "
-        f"{markdown.code(record['dataset']['name'])} ({record['dataset']['train']:,} samples) with the gradient-decay "
-        "softmax cross-entropy of [arXiv 2210.17145](https://arxiv.org/abs/2210.17145) as implemented by `gd_plugin`."
+        f"{markdown.code(model['name'])} ({model['parameters']:,} weights), trained on {markdown.code(data['name'])} "
+        f"({_number(data.get('train'))} samples) with the gradient-decay softmax cross-entropy of "
+        "[arXiv 2210.17145](https://arxiv.org/abs/2210.17145) as implemented by `gd_plugin`."
     )
 
 
@@ -252,10 +283,14 @@ def _temperature(record: dict) -> str:
     if not calibrated:
         return "No temperature was fitted."
     t = calibrated["temperature"]
+    if t["temperature"] == 1:
+        return "Every sample of the validation split is right, which leaves no temperature to fit: it is 1."
     return (
         f"The temperature fitted to the validation split is {t['temperature']:.4g}: `softmax(logits / "
         f"{t['temperature']:.4g})` has an ECE of {100 * t['ece']:.2f} % and an NLL of {t['nll']:.4f} on the same test "
-        f"samples, against {100 * record['final']['ece']:.2f} % and {record['final']['nll']:.4f} without it."
+        f"samples, against {100 * record['final']['ece']:.2f} % and {record['final']['nll']:.4f} without it. It is "
+        "`gd_temperature` in the configuration, and applied on request: `from gd_plugin import apply_temperature; "
+        "apply_temperature(pipe.model)`."
     )
 
 
@@ -268,6 +303,7 @@ def _reproduce(record: dict, seeds: list[int]) -> str:
         ("python", record["python"]),
         ("hardware", ", ".join(hardware["gpu"]) or f"{hardware['cpu']}, {hardware['torch_threads']} thread(s)"),
         ("wall time of a run", f"{record['wall_time_s']:.0f} s"),
+        *([("energy of a run", f"{record['energy_kwh']:.3g} kWh (codecarbon)")] if record.get("energy_kwh") else []),
         ("date", record["created"]),
     ]
     # Indented: no backtick of a flag's value ends it.

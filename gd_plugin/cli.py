@@ -21,6 +21,7 @@ usage: gd-plugin COMMAND [...]
                                       gd-plugin study digits          twenty-two methods, five seeds
   report RUN_OR_STUDY [...]           draw and compare what either command left
   card RUN_OR_STUDY                   write its model card for the Hub, from its records
+  push RUN --repo_id USER/NAME        upload its model, card and record to the Hub; --dry_run shows what would go
   diagnose RUNS                       curriculum, features and smoothness of runs trained with --trace_samples
 
 options: --help, --version
@@ -74,6 +75,9 @@ def _train(argv: list[str]) -> int:
     except train.Interrupted as error:
         print(f"gd-plugin: {error}", file=sys.stderr)
         return 130
+    except train.PushError as error:
+        _fail(f"{error}; the trained models are kept, and --resume pushes them")
+        return 1
     return 0
 
 
@@ -134,7 +138,27 @@ def _card(argv: list[str]) -> int:
         return _fail(str(error))
 
 
-COMMANDS = {"train": _train, "study": _study, "timm": _timm, "report": _report, "diagnose": _diagnose, "card": _card}
+def _push(argv: list[str]) -> int:
+    from . import push
+
+    try:
+        return push.main(argv)
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+    except push.PushError as error:
+        _fail(str(error))
+        return 1
+
+
+COMMANDS = {
+    "train": _train,
+    "study": _study,
+    "timm": _timm,
+    "report": _report,
+    "diagnose": _diagnose,
+    "card": _card,
+    "push": _push,
+}
 
 
 def recipes_folder() -> Path:

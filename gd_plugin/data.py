@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class ClassificationData:
     test: Split
     tested_on: str  # the split behind `test`: the validation split where there is no test split
     has_test: bool
+    revision: str | None = None  # of a data set of the Hub: its commit
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -47,6 +49,7 @@ class ClassificationData:
             "test": len(self.test),
             "tested_on": self.tested_on,
             "labels": self.label_names,
+            **({"revision": self.revision} if self.revision else {}),
         }
 
 
@@ -96,7 +99,15 @@ def load_data(args: DataArguments) -> ClassificationData:
         Split(part.select_columns(column).rename_column(column, "input"), _labels(part, label_column, names))
         for part in (train, validation, test)
     ]
-    return ClassificationData(_public_name(args.dataset), kind, names, *parts, tested_on=test_name, has_test=has_test)
+    return ClassificationData(
+        _public_name(args.dataset),
+        kind,
+        names,
+        *parts,
+        tested_on=test_name,
+        has_test=has_test,
+        revision=_revision(splits[args.train_split]),
+    )
 
 
 class PreparedImages(torch.utils.data.Dataset):
@@ -225,6 +236,12 @@ def _load(name: str, config: str | None) -> DatasetDict:
         reason = " ".join(str(cause).split())
         raise ValueError(f"--dataset {name} could not be loaded: {type(cause).__name__}: {reason[:300]}") from error
     return loaded
+
+
+def _revision(data: Dataset) -> str | None:
+    """The commit of a data set of the Hub, after which `datasets` names the folder of its cache; None of other data."""
+    folders = [Path(file["filename"]).parent.name for file in data.cache_files]
+    return folders[0] if folders and re.fullmatch("[0-9a-f]{40}", folders[0]) else None
 
 
 def _split(splits: DatasetDict, name: str, flag: str, dataset: str) -> Dataset:

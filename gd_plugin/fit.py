@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,9 +18,10 @@ from .baselines import BaselineLossFunc, baseline
 from .calibration import fit_temperature, fit_vector_scaling
 from .data import ClassificationData, PreparedImages, augment, collate_images
 from .hf import GradientDecayTrainer
+from .hf_card import trainer_record
 from .metrics import classification_metrics
 from .models import build_model
-from .record import RECORD_FORMAT, environment, epochs_from_log, publishable
+from .record import publishable
 from .trace import Tracer
 
 __all__ = ["Interrupted", "fit"]
@@ -73,41 +76,62 @@ def fit(
     if tracer:
         checkpoint = None  # what was traced before it is lost: from the beginning
         tracer.attach(trainer, splits[2])
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with _energy() as energy:
+        trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.control.should_training_stop and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"stopped after update {trainer.state.global_step} of {trainer.state.max_steps}, a checkpoint is in "
             f"{args.output_dir}; go on with --resume"
         )
     if save_model:
-        trainer.save_model()
-    log = list(trainer.state.log_history)
+        trainer.save_model(_internal_call=True)  # not a push, which waits for the card
+    record = trainer_record(trainer, started)  # before the evaluations below are logged too
     final, test = trainer.evaluate_and_keep(splits[2], "test")
     reliability, calibrated = trainer.reliability, None
     if data.has_test and test:  # fitted and tested on the same samples, calibration would show nothing
         _, validation = trainer.evaluate_and_keep(splits[1], "eval")
         calibrated = _calibrate(validation, test) if validation else None
+    if calibrated and save_model and args.process_index == 0:
+        trainer.model.config.gd_temperature = calibrated["temperature"]["temperature"]
+        trainer.model.config.save_pretrained(run.folder)
     if tracer:
         tracer.save(run.folder)
-    return {
-        "format": RECORD_FORMAT,
+    return record | {
         "name": run.name,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "config": {key: publishable(value) for key, value in run.settings.items()},
         "loss": run.model.loss,
-        "gd": args.gd_config.to_dict(),
-        "seed": args.seed,
-        **environment(),
         "wall_time_s": round(time.time() - started, 1),
+        **({"energy_kwh": energy[0]} if energy else {}),
         "dataset": data.describe(),
-        "model": {"name": publishable(run.model.model), "parameters": sum(p.numel() for p in model.parameters())},
-        "epochs": epochs_from_log(log),
-        "log": [entry for entry in log if "loss" in entry],
+        "model": {**record["model"], "name": publishable(run.model.model)},
         "final": final,
         "calibrated": calibrated,
         "reliability": reliability,
     }
+
+
+@contextmanager
+def _energy() -> Iterator[list[float]]:
+    """Where codecarbon is installed, its estimate of what the whole machine used meanwhile, in kWh: the only element at
+    the end."""
+    used: list[float] = []
+    try:
+        from codecarbon import OfflineEmissionsTracker
+    except ModuleNotFoundError:
+        yield used
+        return
+    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)  # it speaks before it reads log_level
+    # Offline, since the energy does not depend on where it is used; no file, and no lock against a run beside this one.
+    tracker = OfflineEmissionsTracker(
+        country_iso_code="USA", save_to_file=False, log_level="critical", allow_multiple_runs=True
+    )
+    tracker.start()
+    try:
+        yield used
+    finally:
+        tracker.stop()
+    used.append(tracker.final_emissions_data.energy_consumed)
 
 
 class _Trainer(GradientDecayTrainer):

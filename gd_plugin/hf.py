@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from .config import GradientDecayConfig, rename_fields
 from .hf_loss import DATA_PARALLEL, IGNORE_INDEX, GradientDecayLossFunc, check_model, is_language_model
@@ -170,6 +172,7 @@ class GradientDecayMixin:
                 "no gradient-decay configuration: use GradientDecayTrainingArguments, or pass "
                 "gd_config=GradientDecayConfig(beta=...)"
             )
+        self._gd_started = time.time()
         # Given at once, since a Trainer may prepare itself for it: TRL's then keeps the logits.
         super().__init__(*args, compute_loss_func=self._gd_loss_func(gd_config), **kwargs)
         parallel = getattr(self.accelerator, "parallelism_config", None)
@@ -297,6 +300,47 @@ class GradientDecayMixin:
             return inputs
         renamed = {key: value for key, value in inputs.items() if key != self._gd_label_name}
         return {**renamed, "labels": inputs[self._gd_label_name]}
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write the model card with its evidence into ``args.output_dir``, in place of the Trainer's own.
+
+        Arguments as ``Trainer.create_model_card``. ``README.md`` shows beta and its schedule, the last evaluation with
+        its calibration metrics, versions and hardware; beside it ``record.json``, ``curves.png``, ``reliability.png``.
+        """
+        if not self.is_world_process_zero():
+            return
+        from .hf_card import write_trainer_card  # and with it what draws
+
+        write_trainer_card(
+            self,
+            self._gd_started,
+            language=language,
+            license=license,
+            tags=tags,
+            model_name=model_name,
+            finetuned_from=finetuned_from,
+            tasks=tasks,
+            dataset_tags=dataset_tags,
+            dataset=dataset,
+            dataset_args=dataset_args,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The Trainer writes a card at the end alone; what a push in between shows would be without one, or a stale one.
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            self.create_model_card(model_name=self.hub_model_id.split("/")[-1])
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def evaluation_loop(self, *args, **kwargs):
         if self._gd_metrics is None:

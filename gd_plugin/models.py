@@ -89,7 +89,7 @@ def _untrained_timm_model(args: ModelArguments, classes: dict[str, Any]) -> tupl
     }
     config = TimmWrapperConfig(
         architecture=architecture,
-        model_args=json_mapping("model_args", args.model_args) if args.model_args else None,
+        model_args=json_mapping("model_args", args.model_args) if args.model_args else {},  # timm reads no null
         pretrained_cfg=pretrained_cfg,
         **classes,
     )

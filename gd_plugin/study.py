@@ -88,6 +88,8 @@ def prepare(argv: list[str], recipes: Path) -> Study:
 
     words += ["--save_strategy", "no"]  # a study keeps records, not models
     runs, options = parse(words, recipes, "study")
+    if any(run.args.push_to_hub for run in runs):
+        raise ValueError("--push_to_hub: a study keeps no models; train one with gd-plugin train and push that")
     check_runs(runs)
     folder = Path(options.output_dir)
     check_writable(folder)

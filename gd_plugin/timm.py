@@ -118,20 +118,18 @@ def model_card(run: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ValueError, OSError: the folder holds no record.
     """
-    from .card import CITATION  # and with it huggingface_hub, which comes with timm
+    from .card import CITATION, hyperparameters  # and with it huggingface_hub, which comes with timm
 
     record = read_record(Path(run) / "record.json")
     settings, final, dataset = record["config"], record["final"], record["dataset"]
     gd = {name: value for name, value in record["gd"].items() if value}
     if "beta_start" not in gd:
         del gd["schedule"]
-    shown = ("model", "epochs", "batch_size", "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "amp",
-             "smoothing", "mixup", "cutmix", "model_ema", "world_size", "seed")  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     hardware = record["hardware"]
     details = {
         "Gradient-decay loss": gd,
-        "Hyperparameters": {name: settings[name] for name in shown if settings.get(name) is not None},
+        "Hyperparameters": hyperparameters(record),
         "Training data": dataset["name"],
     }
     if final:  # trained with a validation split

@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from .arguments import Run, parse
 from .baselines import baseline
+from .card import write_run_card
 from .data import ClassificationData, PreparedImages, PreparedTexts, load_data
 from .display import Bars, progress
 from .fit import Interrupted, fit
@@ -27,11 +28,12 @@ from .folder import SETTINGS_FILE, check_folder, last_whole_checkpoint, remove_r
 from .hf import GradientDecayTrainingArguments, refuse_data_parallel, with_gd_prefix
 from .metrics import METRICS
 from .models import build_model
+from .push import PushError, check_token, hub_errors, push
 from .record import publishable_words, read_record, write_atomic, write_json
 from .report import draw, print_table
 from .trace import find_head
 
-__all__ = ["Interrupted", "Job", "check_runs", "load", "prepare"]
+__all__ = ["Interrupted", "Job", "PushError", "check_runs", "load", "prepare"]
 
 
 def prepare(argv: list[str], recipes: Path) -> Job:
@@ -62,6 +64,8 @@ def check_runs(runs: list[Run]) -> None:
         _check_arguments(run.args)
         if run.args.hub_token:  # out of the arguments, which the Trainer pickles beside every checkpoint
             os.environ["HF_TOKEN"], run.args.hub_token = run.args.hub_token, None
+        if run.args.push_to_hub:
+            _check_push(run.args, len(runs))
         if run.model.loss != "gd":
             baseline(run.model.loss)
         if run.trace_samples < 0 or (run.trace_samples and run.args.world_size > 1):
@@ -122,6 +126,7 @@ class Job:
 
         Raises:
             Interrupted: Ctrl-C.
+            PushError: with --push_to_hub; the trained models are whole, and --resume pushes them.
         """
         with progress(self.console, len(self.runs)) as bars, _stop_on_interrupt() as stop:
             records = []
@@ -136,6 +141,8 @@ class Job:
                 soft_wrap=True,
                 markup=False,
             )
+            if self.runs[0].args.push_to_hub:
+                self._push()
         return records
 
     def _run_one(self, run: Run, bars: Bars, stop: _Stop) -> dict:
@@ -152,11 +159,35 @@ class Job:
 
         checkpoint = None if self.overwrite else last_whole_checkpoint(run.folder)
         callbacks = [stop, bars.callback(run.name)]
-        record = fit(run, self.data, self.splits, self.command, callbacks, checkpoint)
+        with hub_errors(_repository(run)) if args.push_to_hub else nullcontext():
+            record = fit(run, self.data, self.splits, self.command, callbacks, checkpoint)
         if args.process_index == 0:
             draw([record], run.folder, self.console)
             write_json(record_path, record)  # last: a record says that the run is complete
         return record
+
+    def _push(self) -> None:
+        for run in self.runs:
+            write_run_card(run.folder)
+            url = push(run.folder, _repository(run), run.args.hub_private_repo)
+            self.console.print(f"{run.name}: {url}", soft_wrap=True, markup=False)
+
+
+def _check_push(args: GradientDecayTrainingArguments, runs: int) -> None:
+    """Before training, not after it."""
+    check_token()
+    if args.hub_revision:
+        raise ValueError("--hub_revision: models are pushed to the main branch; leave it out")
+    if args.hub_model_id and runs > 1:
+        raise ValueError(
+            f"--hub_model_id {args.hub_model_id}: {runs} runs would take each other's place there; leave it out, and "
+            "each is named after its folder, or push one with gd-plugin push"
+        )
+
+
+def _repository(run: Run) -> str:
+    """The Trainer's own choice."""
+    return run.args.hub_model_id or run.folder.resolve().name
 
 
 def _check_arguments(args: GradientDecayTrainingArguments) -> None:

@@ -27,11 +27,11 @@ def test_the_card_of_a_real_run(trained, command):
     card, record = ModelCard.load(path), read_record(trained / "warm-up/record.json")
     data = card.data
     assert (data.library_name, data.pipeline_tag, data.license) == (
-        "transformers",
+        "timm",
         "image-classification",
         "apache-2.0",
     )
-    assert {"gradient-decay", "timm", "arxiv:2210.17145"} <= set(data.tags) and data.datasets is None
+    assert {"gradient-decay", "timm", "transformers", "arxiv:2210.17145"} <= set(data.tags) and data.datasets is None
     found = {result.metric_type: result.metric_value for result in data.eval_results}
     final = record["final"]
     assert found == {

@@ -94,7 +94,7 @@ BAD = [
     # The command and its flags
     (
         "bogus",
-        r"there is no command 'bogus'; the commands are: train, study, timm, report, diagnose, card \(gd-plugin .*\n",
+        r"there is no command 'bogus'; the commands are: train, study, timm, report, diagnose, card, push \(gd-.*\n",
     ),
     ("--foo", r"there is no command '--foo'"),
     ("train", r"no data set: give --dataset, a data set of the Hub"),

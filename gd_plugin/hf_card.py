@@ -1,0 +1,105 @@
+"""The record of a Trainer's training, and the model card that `create_model_card` writes and a push uploads."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import Trainer
+from transformers.modelcard import TrainingSummary, extract_hyperparameters_from_trainer
+
+from .card import write_run_card
+from .record import RECORD_FORMAT, environment, epochs_from_log, publishable, publishable_words, write_json
+
+__all__ = ["trainer_record", "write_trainer_card"]
+
+
+def trainer_record(trainer: Trainer, started: float) -> dict[str, Any]:
+    """What a record says of any training: the loss, the curves, the last evaluation, and where it ran.
+
+    Args:
+        trainer: one with `gd_plugin.hf.GradientDecayMixin`; its log may end anywhere.
+        started: ``time.time()`` at the beginning.
+    """
+    log = list(trainer.state.log_history)
+    epochs = epochs_from_log(log)
+    last = epochs[-1] if epochs else {}
+    return {
+        "format": RECORD_FORMAT,
+        "name": Path(trainer.args.output_dir).resolve().name,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(publishable_words(sys.argv)),
+        "config": {key: publishable(value) for key, value in extract_hyperparameters_from_trainer(trainer).items()},
+        "loss": "gd",
+        "gd": trainer.gd_config.to_dict(),
+        "seed": trainer.args.seed,
+        **environment(),
+        "wall_time_s": round(time.time() - started, 1),
+        "model": {
+            "name": publishable(getattr(trainer.model.config, "_name_or_path", "") or type(trainer.model).__name__),
+            "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        },
+        "dataset": {
+            "name": "unknown data",
+            "train": _length(trainer.train_dataset),
+            "test": _length(trainer.eval_dataset),
+            "tested_on": str(getattr(trainer.eval_dataset, "split", None) or "evaluation"),
+        },
+        "epochs": epochs,
+        "log": [entry for entry in log if "loss" in entry],
+        "final": {key.removeprefix("eval_"): value for key, value in last.items() if key.startswith("eval_")},
+        "calibrated": None,
+        "reliability": trainer.reliability,
+    }
+
+
+def write_trainer_card(trainer: Trainer, started: float, **said: Any) -> Path:
+    """Write README.md, the record and the pictures that it shows into ``trainer.args.output_dir``; returns the card.
+
+    Args:
+        said: arguments of ``Trainer.create_model_card``. What is None is inferred as there.
+    """
+    summary = TrainingSummary.from_trainer(trainer, **said)
+    record, folder = trainer_record(trainer, started), Path(trainer.args.output_dir)
+    if summary.dataset:
+        record["dataset"]["name"] = ", ".join(_listed(summary.dataset))
+    if summary.dataset_tags:
+        record["dataset"]["hub"] = _listed(summary.dataset_tags)
+    record["card"] = {
+        "language": summary.language,
+        "license": summary.license,
+        "tags": summary.tags,
+        "model_name": summary.model_name,
+        "base_model": summary.finetuned_from or None,
+        "task": next(iter(_listed(summary.tasks)), None),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "record.json", record)
+    _draw(record, folder)
+    return write_run_card(folder)
+
+
+def _draw(record: dict, folder: Path) -> None:
+    try:
+        from rich.console import Console
+
+        from .report import draw
+    except ModuleNotFoundError:  # of the extra, and no reason to lose a push
+        return
+    draw([record], folder, Console(quiet=True))
+
+
+def _length(data: Dataset | None) -> int | None:
+    try:
+        return len(data)
+    except TypeError:  # none, or a stream
+        return None
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())

@@ -1,0 +1,375 @@
+"""`gd-plugin push` and the Trainer's push, to a Hub on loopback and back from it in a fresh process."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import HubServer, connect
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from transformers import ViTForImageClassification, pipeline
+
+from gd_plugin import apply_temperature
+from gd_plugin.cli import main
+from gd_plugin.hf import GradientDecayTrainer, GradientDecayTrainingArguments
+from gd_plugin.record import read_record
+
+ROOT = Path(__file__).parent.parent
+PICTURES = {"curves.png", "reliability.png"}
+# Loads models in a process of its own, as somebody else would, and writes down their logits.
+LOAD = """
+import json, sys
+import timm, torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
+torch.manual_seed(0)
+result = {}
+for name, kind, size in json.loads(sys.argv[1]):
+    if kind == "text":
+        inputs = AutoTokenizer.from_pretrained(name)("good film", return_tensors="pt")
+        result[name] = AutoModelForSequenceClassification.from_pretrained(name)(**inputs).logits.tolist()
+        continue
+    pixels = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    model = AutoModelForImageClassification.from_pretrained(name)
+    AutoImageProcessor.from_pretrained(name)
+    result[name] = model.eval()(pixels).logits.tolist()
+    if kind == "timm":
+        with torch.no_grad():
+            result["timm " + name] = timm.create_model("hf_hub:" + name, pretrained=True).eval()(pixels).tolist()
+print(json.dumps(result))
+"""  # noqa: E501
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with HubServer() as server:
+        connect(server, monkeypatch, tmp_path / "home")
+        disable_progress_bars()
+        yield server
+        enable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def runs(train, small, vit, bert, tmp_path_factory):
+    """A finished run of a timm architecture, of a transformers one and of a language model."""
+    folder = tmp_path_factory.mktemp("runs")
+    text = tmp_path_factory.mktemp("text")
+    for split, count in (("train", 24), ("validation", 16), ("test", 16)):
+        words = ["good", "fine", "bad", "poor"]
+        rows = [{"text": f"{words[i % 4]} film", "label": "np"[i % 4 < 2]} for i in range(count)]
+        (text / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = small[small.index("32") + 1 :]  # without its model
+    train("--dataset", "digits", *small, "--gd_beta", 5, output_dir=folder / "timm")
+    train("--dataset", "digits", "--model", vit, *shared, output_dir=folder / "vit")
+    train("--dataset", text, "--model", bert, *shared, output_dir=folder / "bert")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_timm(tmp_path_factory):
+    """A run of timm's train.py, whose folder has no picture and no card yet."""
+    from timm_runs import SCRIPTS, SMALL, own_logging, write_digits
+
+    folder = tmp_path_factory.mktemp("by_timm")
+    write_digits(folder / "data")
+    words = [SCRIPTS["new"], *SMALL, "--data-dir", folder / "data", "--loss", "gd", "--gd-beta", 5]
+    with own_logging():
+        assert main(["timm", *map(str, words), "--output", str(folder), "--experiment", "run"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+    return shutil.copytree(runs / "timm", tmp_path / "timm")
+
+
+def test_what_is_pushed_loads_and_predicts_the_same(hub, runs, by_timm, command, tmp_path):
+    folders = {name: shutil.copytree(runs / name, tmp_path / name) for name in ("timm", "vit", "bert")}
+    folders["train.py"] = shutil.copytree(by_timm, tmp_path / "train.py")
+    for name, folder in folders.items():
+        outcome = command("push", folder, "--repo_id", f"tester/{name}")
+        assert (outcome.code, outcome.err) == (0, "") and outcome.out == f"{hub.endpoint}/tester/{name}\n"
+        repo = hub.repos[f"tester/{name}"]
+        assert {"README.md", "config.json", "model.safetensors", "record.json", *PICTURES} <= set(repo.files)
+        assert len(repo.commits) == 2  # its creation, and one with everything
+        assert repo.files["README.md"] == (folder / "README.md").read_bytes()
+        assert repo.files["record.json"] == (folder / "record.json").read_bytes()
+        # No pickle, no checkpoint, no path of this machine.
+        assert not [file for file in repo.files if re.search(r"\.bin|\.tar|checkpoint|args\.yaml", file)]
+        card = ModelCard(repo.files["README.md"].decode())
+        record = read_record(folder / "record.json")
+        assert {r.metric_type: r.metric_value for r in card.data.eval_results}["nll"] == record["final"]["nll"]
+
+    wanted = [
+        ("tester/timm", "timm", 32),
+        ("tester/train.py", "timm", 32),
+        ("tester/vit", "image", 16),
+        ("tester/bert", "text", 0),
+    ]
+    loaded = load(hub, wanted, tmp_path)
+    for name, kind, size in wanted:
+        local = logits(folders[name.removeprefix("tester/")], kind, size)
+        torch.testing.assert_close(torch.tensor(loaded[name]), local, rtol=0, atol=1e-6)
+        if kind == "timm":
+            torch.testing.assert_close(torch.tensor(loaded[f"timm {name}"]), local, rtol=0, atol=1e-6)
+    assert (torch.tensor(loaded["tester/timm"]) - torch.tensor(loaded["tester/train.py"])).abs().max() > 1e-3
+
+
+def load(hub, wanted, tmp_path):
+    argv = [sys.executable, "-c", LOAD, json.dumps(wanted)]
+    environment = hub.environment(tmp_path / "other") | {"PYTHONPATH": ""}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@torch.no_grad()
+def logits(folder, kind, size):
+    """Of the trained model as it lies in the folder of the run."""
+    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
+
+    if kind == "text":
+        inputs = AutoTokenizer.from_pretrained(folder)("good film", return_tensors="pt")
+        return AutoModelForSequenceClassification.from_pretrained(folder)(**inputs).logits
+    pixels = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    if (folder / "last.pth.tar").exists():
+        import timm
+
+        model = timm.create_model(
+            "test_vit", num_classes=10, img_size=32, depth=2, checkpoint_path=str(folder / "last.pth.tar")
+        )
+        return model.eval()(pixels)
+    return AutoModelForImageClassification.from_pretrained(folder).eval()(pixels).logits
+
+
+def test_dry_run_shows_what_goes_and_asks_nobody(hub, run, command, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    outcome = command("push", run, "--repo_id", "tester/digits", "--dry_run")
+    assert outcome.code == 0 and "would go to tester/digits, in one commit" in outcome.out and not hub.requests
+    shown = set(re.findall(r"│ (\S+) +│ +[\d,]+ │", outcome.out))
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    assert command("push", run, "--repo_id", "tester/digits").code == 0
+    assert shown == set(hub.repos["tester/digits"].files) - {".gitattributes"}
+
+
+def test_private_and_license(hub, run, command):
+    assert command("push", run, "--repo_id", "tester/secret", "--private", "--license", "mit").code == 0
+    repo = hub.repos["tester/secret"]
+    assert repo.private and ModelCard(repo.files["README.md"].decode()).data.license == "mit"
+    assert command("push", run, "--repo_id", "tester/open").code == 0
+    assert not hub.repos["tester/open"].private
+
+
+def test_a_card_of_ones_own_is_kept(hub, run, command):
+    (run / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    assert command("push", run, "--repo_id", "tester/digits").code == 0
+    assert hub.repos["tester/digits"].files["README.md"] == b"---\nlicense: mit\n---\n# Mine\n"
+
+
+SAYS = {
+    401: "it does not know the token; make one that may write, and give it with `hf auth login` or as HF_TOKEN",
+    403: "the token may not write there; make one that may, or choose another --repo_id",
+    409: "something else was pushed there at the same time, or is there under the same name; give the command again",
+    413: "a file is larger than it takes",
+    429: "it is asked too often; wait some minutes and give the command again",
+    500: "nothing is lost; give the command again later",
+}
+
+
+@pytest.mark.parametrize("status", SAYS)
+@pytest.mark.parametrize("where", ["/commit/", "/preupload/"])
+def test_an_error_of_the_hub_is_one_line_and_loses_nothing(hub, run, command, status, where):
+    before = state(run)
+    command("push", run, "--repo_id", "tester/digits", "--dry_run")  # which writes the card
+    card = state(run)
+    assert {key: card[key] for key in before} == before
+    hub.fail(where, status)
+    code, out, err = command("push", run, "--repo_id", "tester/digits")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"gd-plugin: error: the Hub answers {status} for tester/digits: {SAYS[status]}"), err
+    assert hub.token not in err
+    assert state(run) == card and len(hub.repos["tester/digits"].commits) == 1  # nothing of it
+    hub.heal()
+    assert command("push", run, "--repo_id", "tester/digits").code == 0
+    assert "model.safetensors" in hub.repos["tester/digits"].files
+
+
+def test_a_connection_that_ends_in_the_middle_of_an_upload(hub, run, command):
+    hub.drop("^/lfs|/lfs/", after_bytes=1000, times=None, method="PUT")
+    code, _, err = command("push", run, "--repo_id", "tester/digits")
+    assert code == 1 and err.splitlines()[-1].startswith("gd-plugin: error: ")
+    assert "the connection to the Hub failed" in err and "give the command again and it goes on" in err
+    assert len(hub.repos["tester/digits"].commits) == 1
+    hub.heal()
+    assert command("push", run, "--repo_id", "tester/digits").code == 0
+    assert hub.repos["tester/digits"].files["record.json"] == (run / "record.json").read_bytes()
+
+
+def test_a_second_push_uploads_no_large_file_again(hub, run, command):
+    for failing in ("/commit/", None):
+        if failing:
+            hub.fail(failing, 500)
+        else:
+            hub.heal()
+            hub.requests.clear()
+        command("push", run, "--repo_id", "tester/digits")
+    assert "model.safetensors" in hub.repos["tester/digits"].files
+    assert not [request for request in hub.requests if request.method == "PUT"]
+
+
+def test_bad_input(hub, run, command, tmp_path, monkeypatch):
+    def error(*words):
+        code, out, err = command("push", *words)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        return err
+
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study/study.json").write_text("{}")
+    assert "is a study, which keeps no models" in error(tmp_path / "study", "--repo_id", "tester/x")
+    assert "holds no record.json" in error(tmp_path, "--repo_id", "tester/x")
+    assert "--repo_id" in error(run)
+    assert "--repo_id a/b/c" in error(run, "--repo_id", "a/b/c")
+    assert "--repo_id .." in error(run, "--repo_id", "..")
+    (run / "model.safetensors").unlink()
+    assert "holds no model" in error(run, "--repo_id", "tester/x")
+    assert not hub.requests
+    monkeypatch.delenv("HF_TOKEN")
+    shutil.rmtree(run)
+    words = ["digits", "--push_to_hub", "--num_train_epochs", 1, "--output_dir", run]
+    code, _, err = command("train", *words)
+    assert (code, err.count("\n")) == (2, 1) and "there is no token for the Hub" in err and not run.exists()
+    code, _, err = command("study", "digits", "--push_to_hub", "true", "--output_dir", run)
+    assert (code, err.count("\n")) == (2, 1) and "--push_to_hub: a study keeps no models" in err
+
+
+def test_without_a_token(hub, run, command, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    code, out, err = command("push", run, "--repo_id", "tester/digits")
+    assert (code, out) == (2, "") and err == (
+        "gd-plugin: error: there is no token for the Hub: make one that may write in your settings there, then run "
+        "`hf auth login`, or set HF_TOKEN\n"
+    )
+
+
+# In training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint"])
+def test_train_pushes_its_own_card(hub, train, small, tmp_path, strategy):
+    folder = tmp_path / "digits-5"
+    words = ["--push_to_hub", "--hub_strategy", strategy, "--hub_always_push", "true", "--save_strategy", "epoch"]
+    words += ["--num_train_epochs", 2, "--gd_beta", 5]
+    out = train("--dataset", "digits", *small, *words, output_dir=folder)
+    repo = hub.repos["tester/digits-5"]
+    assert f"{hub.endpoint}/tester/digits-5" in out
+    assert repo.files["README.md"] == (folder / "README.md").read_bytes()
+    assert repo.files["record.json"] == (folder / "record.json").read_bytes()
+    cards = [commit.files["README.md"].decode() for commit in repo.commits if "README.md" in commit.files]
+    assert all("arXiv 2210.17145" in card and "beta is 5.0 throughout" in card for card in cards)
+    assert (len(cards) > 1) == (strategy != "end")
+    assert any(file.startswith("last-checkpoint/") for file in repo.files) == (strategy == "checkpoint")
+    assert_no_token(hub, folder)
+
+
+def test_a_push_that_fails_keeps_the_models_and_goes_on(hub, command, small, tmp_path):
+    folder = tmp_path / "digits-5"
+    hub.fail("/commit/", 500)
+    words = ["--dataset", "digits", *small, "--push_to_hub", "--hub_strategy", "end", "--output_dir", folder]
+    code, _, err = command("train", *words)
+    assert code == 1 and err.endswith("the trained models are kept, and --resume pushes them\n")
+    record = (folder / "record.json").read_bytes()
+    hub.heal()
+    assert command("train", *words, "--resume").code == 0
+    assert hub.repos["tester/digits-5"].files["record.json"] == record
+
+
+def test_the_trainers_own_card(hub, tmp_path, vit):
+    """A Trainer script of a user's own: every push has the card, the record and the pictures."""
+    model = ViTForImageClassification.from_pretrained(vit)
+    samples = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 3} for i in range(16)]
+    args = GradientDecayTrainingArguments(
+        str(tmp_path / "mine"), gd_beta=5.0, gd_beta_start=0.01, gd_warmup_ratio=0.5, push_to_hub=True,
+        hub_strategy="every_save", hub_always_push=True, save_strategy="epoch", eval_strategy="epoch", logging_steps=1,
+        num_train_epochs=2, use_cpu=True, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    trainer = GradientDecayTrainer(model=model, args=args, train_dataset=samples, eval_dataset=samples)
+    trainer.train()
+    trainer.push_to_hub(dataset="my images", dataset_tags="me/images", license="mit", tags=["mine"], language="en")
+    repo = hub.repos["tester/mine"]
+    assert {"README.md", "record.json", "model.safetensors", *PICTURES} <= set(repo.files)
+    card = ModelCard(repo.files["README.md"].decode())
+    assert (card.data.license, card.data.datasets, card.data.language) == ("mit", ["me/images"], "en")
+    assert {"mine", "gradient-decay", "generated_from_trainer"} <= set(card.data.tags)
+    assert (card.data.pipeline_tag, card.data.model_name) == ("image-classification", "mine")
+    evaluation = next(entry for entry in reversed(trainer.state.log_history) if "eval_nll" in entry)
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found["nll"] == evaluation["eval_nll"] and found["expected_calibration_error"] == evaluation["eval_ece"]
+    assert (
+        "beta goes from 0.01 to 5.0 over 0.5 of training (linear)" in card.text
+        and "`my images` (16 samples)" in card.text
+    )
+    record = read_record(tmp_path / "mine/record.json")
+    assert record["gd"]["beta"] == 5 and record["epochs"][-1]["eval_ece"] == evaluation["eval_ece"]
+    cards = [commit.files["README.md"].decode() for commit in repo.commits if "README.md" in commit.files]
+    assert len(cards) >= 3 and all("beta goes from 0.01 to 5.0" in card for card in cards)
+
+
+def assert_no_token(hub, folder):
+    everything = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    everything += [content for repo in hub.repos.values() for content in repo.files.values()]
+    assert len(everything) > 5 and not any(hub.token.encode() in content for content in everything)
+
+
+def state(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Probabilities --------------------------------------------------------------------------------------------------------
+
+
+def test_pipelines_give_the_plain_softmax_and_the_temperature_on_request(runs):
+    from PIL import Image
+
+    for name, task, given in (
+        ("timm", "image-classification", Image.new("L", (8, 8), 100)),
+        ("vit", "image-classification", Image.new("L", (8, 8), 100)),
+        ("bert", "text-classification", "good film"),
+    ):
+        record = read_record(runs / name / "record.json")
+        pipe = pipeline(task, model=str(runs / name))
+        temperature = pipe.model.config.gd_temperature
+        assert temperature == record["calibrated"]["temperature"]["temperature"] != 1, name
+        (raw,) = pipe.model(**pipe.preprocess(given)).logits.tolist()
+        classes = [pipe.model.config.id2label[i] for i in range(len(raw))]
+
+        def expected(t, raw=raw, classes=classes):
+            return dict(zip(classes, torch.tensor(raw).div(t).softmax(0).tolist(), strict=True))
+
+        def given_by(pipe, given=given, classes=classes):
+            return {entry["label"]: entry["score"] for entry in pipe(given, top_k=len(classes))}
+
+        assert given_by(pipe) == pytest.approx(expected(1), abs=1e-6)
+        apply_temperature(pipe.model)
+        assert apply_temperature(pipe.model) is pipe.model  # once is enough
+        assert given_by(pipe) == pytest.approx(expected(temperature), abs=1e-6)
+        assert given_by(pipe) != pytest.approx(expected(1), abs=1e-3)
+
+
+def test_a_model_in_training_keeps_its_logits(runs):
+    model = ViTForImageClassification.from_pretrained(runs / "vit").train()
+    pixels = torch.rand(1, 3, 16, 16)
+    before = model(pixels).logits
+    assert torch.equal(apply_temperature(model)(pixels).logits, before)
+    assert not torch.equal(model.eval()(pixels).logits, before)
+
+
+@pytest.mark.parametrize("temperature", [None, 0, -1, float("nan"), float("inf"), "2"])
+def test_a_temperature_that_is_none(runs, temperature):
+    model = ViTForImageClassification.from_pretrained(runs / "vit")
+    model.config.gd_temperature = temperature
+    with pytest.raises(ValueError, match="the model's configuration has no temperature"):
+        apply_temperature(model)
