@@ -48,7 +48,8 @@ def prepare(argv: list[str], recipes: Path) -> Job:
     """
     runs, options = parse(argv, recipes)
     for run in runs:
-        check_folder(run, options)
+        if run.args.process_index == 0:  # the others may be late, and would find what it has written since
+            check_folder(run, options)
     check_runs(runs)
     for run in runs:
         refuse_data_parallel(run.args)

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -57,9 +58,25 @@ def test_the_card_of_a_real_run(trained, command):
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (path.parent / picture).is_file()
     assert "curves.png" in text and "@article{" in text
+    assert record["energy_kwh"] > 0 and f"{record['energy_kwh']:.3g} kWh (codecarbon)" in text
     written = path.read_bytes()
     command("card", trained / "warm-up")
     assert path.read_bytes() == written
+
+
+def test_the_whole_card(trained, command):
+    """Word for word, with every measured number and what depends on the machine as #; tests/card.md is to be read."""
+    command("card", trained / "warm-up")
+    text = (trained / "warm-up/README.md").read_text()
+    text = re.sub(
+        r"^\| (commit|versions|python|hardware|wall|energy|date)([^|]*)\|.*", r"| \1\2| # |", text, flags=re.M
+    )
+    text = re.sub(r"^\| energy.*\n", "", text, flags=re.M)  # where codecarbon is installed
+    text = text.replace(str(trained), "runs").replace(trained.name, "runs")
+    measured = r"^(      value: |\| this model|\| cross-entropy|The temperature fitted).*"
+    text = re.sub(measured, lambda line: re.sub(r"[-+]?\d+\.?\d*(e[-+]\d+)?", "#", line[0]), text, flags=re.M)
+    golden = Path(__file__).parent / "card.md"
+    assert text == golden.read_text()
 
 
 def test_a_run_alone_says_so(trained):
