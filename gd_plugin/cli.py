@@ -75,6 +75,9 @@ def _train(argv: list[str]) -> int:
     except train.Interrupted as error:
         print(f"gd-plugin: {error}", file=sys.stderr)
         return 130
+    except train.FullDisk as error:
+        _fail(str(error))
+        return 1
     except train.PushError as error:
         _fail(f"{error}; the trained models are kept, and --resume pushes them")
         return 1

@@ -68,7 +68,7 @@ def fit(
         train_dataset=splits[0],
         eval_dataset=splits[1],
         processing_class=processor,
-        callbacks=callbacks,
+        callbacks=[*callbacks, _SaveAfterEvaluation()],
         data_collator=collate_images if images else None,
     )
     trainer.remove_callback(PrinterCallback)  # its lines would tear the progress bar
@@ -132,6 +132,23 @@ def _energy() -> Iterator[list[float]]:
     finally:
         tracker.stop()
     used.append(tracker.final_emissions_data.energy_consumed)
+
+
+class _SaveAfterEvaluation(TrainerCallback):
+    """With `save_steps` the Trainer saves at the end of an epoch before it evaluates that epoch. A run that goes on
+    from there would lack the evaluation, and the random numbers that it draws: it would come to other weights."""
+
+    def __init__(self) -> None:
+        self.postponed = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.postponed = control.should_save and state.epoch % 1 == 0
+        if self.postponed:
+            control.should_save = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.postponed:
+            control.should_save, self.postponed = True, False
 
 
 class _Trainer(GradientDecayTrainer):

@@ -65,10 +65,15 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The Trainer writes its state last: a checkpoint without it is one that a crash or a kill cut short."""
-    whole = [str(path) for path in _checkpoints(folder) if _is_json(path / "trainer_state.json")]
-    return whole[-1] if whole else None
+def last_whole_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The checkpoint to go on from, and later ones that a crash cut short: the Trainer writes its state last."""
+    whole, cut_short = None, []
+    for path in _checkpoints(folder):
+        if _is_json(path / "trainer_state.json"):
+            whole, cut_short = path, []
+        else:
+            cut_short.append(path)
+    return whole, cut_short
 
 
 def _is_json(path: Path) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shlex
+import shutil
 import signal
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,7 +35,13 @@ from .record import publishable_words, read_record, write_atomic, write_json
 from .report import draw, print_table
 from .trace import find_head
 
-__all__ = ["Interrupted", "Job", "PushError", "check_runs", "load", "prepare"]
+__all__ = ["FullDisk", "Interrupted", "Job", "PushError", "check_runs", "load", "prepare"]
+
+_LITTLE_SPACE = 2**20  # bytes; less than any checkpoint takes
+
+
+class FullDisk(Exception):
+    """What was written whole before is still there. The message is one line."""
 
 
 def prepare(argv: list[str], recipes: Path) -> Job:
@@ -158,9 +166,16 @@ class Job:
         if args.process_index == 0:
             write_atomic(run.folder / SETTINGS_FILE, yaml.safe_dump(run.settings, sort_keys=False))
 
-        checkpoint = None if self.overwrite else last_whole_checkpoint(run.folder)
+        checkpoint, cut_short = (None, []) if self.overwrite else last_whole_checkpoint(run.folder)
+        for path in cut_short:
+            self.console.print(
+                f"{path} was cut short and is left out; going on from {checkpoint or 'the beginning'}",
+                soft_wrap=True,
+                markup=False,
+            )
         callbacks = [stop, bars.callback(run.name)]
-        with hub_errors(_repository(run)) if args.push_to_hub else nullcontext():
+        with hub_errors(_repository(run)) if args.push_to_hub else nullcontext(), _full_disk(run.folder):
+            checkpoint = None if checkpoint is None else str(checkpoint)
             record = fit(run, self.data, self.splits, self.command, callbacks, checkpoint)
         if args.process_index == 0:
             draw([record], run.folder, self.console)
@@ -172,6 +187,17 @@ class Job:
             write_run_card(run.folder)
             url = push(run.folder, _repository(run), run.args.hub_private_repo)
             self.console.print(f"{run.name}: {url}", soft_wrap=True, markup=False)
+
+
+@contextmanager
+def _full_disk(folder: Path):
+    """A full disk as one line: each library has an error of its own for it."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(folder).free < _LITTLE_SPACE:
+            raise FullDisk(f"no space left for {folder}; make some, and go on with --resume") from error
+        raise
 
 
 def _check_push(args: GradientDecayTrainingArguments, runs: int) -> None:
