@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
+from scipy import stats
+
 from gd_plugin import markdown
 from gd_plugin.card import study_card
-from gd_plugin.record import STUDY_FILE, json_text, write_atomic
-from gd_plugin.stats import COLUMNS, StudyResults, read_study
+from gd_plugin.record import STUDY_FILE, json_text, read_record, write_atomic
+from gd_plugin.stats import COLUMNS, StudyResults, Summary, read_study
 from gd_plugin.study_report import csv_table, difference, markdown_tables, mean_and_sd
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +77,30 @@ def claims(found: dict[str, StudyResults]) -> str:
     return markdown.table([*head, "more accurate", "less accurate", "smaller ECE", "more accurate early"], rows)
 
 
+def routes() -> str:
+    """The same recipe by the Trainer and by timm's train.py: mean and deviation, and Welch's t-test between them."""
+    found = {
+        (route, beta): [read_record(path) for path in sorted(RESULTS.glob(f"both_routes/{route}/beta-{beta}-*.json"))]
+        for route in ("trainer", "timm")
+        for beta in (1, 5)
+    }
+    rows = []
+    for beta in (1, 5):
+        values = {
+            route: {key: [record["final"][key] for record in found[route, beta]] for key in ("accuracy", "nll", "ece")}
+            for route in ("trainer", "timm")
+        }
+        for route, metrics in values.items():
+            cells = [
+                mean_and_sd(key, Summary({}, len(v), statistics.mean(v), statistics.stdev(v)))
+                for key, v in metrics.items()
+            ]
+            rows.append([f"beta {beta}, {route}", len(metrics["nll"]), *cells])
+        p = [stats.ttest_ind(v, values["timm"][key], equal_var=False).pvalue for key, v in values["trainer"].items()]
+        rows.append([f"beta {beta}, p of the difference", "", *(f"{value:.2f}" for value in p)])
+    return markdown.table(["route", "n", "accuracy %", "NLL", "ECE %"], rows)
+
+
 def diagnosis() -> str:
     """What `gd-plugin diagnose` said of the runs of recipes/digits_traced.yaml."""
     claims = json.loads((RESULTS / "digits_traced/diagnosis.json").read_bytes())["claims"]
@@ -108,8 +135,8 @@ def rendered() -> dict[Path, str]:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     blocks = {f"table: {name}": summary(name, study) for name, study in found.items()}
-    blocks |= {"advice": advice(found), "claims": claims(found), "diagnosis": diagnosis()}
-    for marker in re.findall(r"<!-- (table: \w+|advice|claims|diagnosis) -->", text):
+    blocks |= {"advice": advice(found), "claims": claims(found), "diagnosis": diagnosis(), "routes": routes()}
+    for marker in re.findall(r"<!-- (table: \w+|advice|claims|diagnosis|routes) -->", text):
         # From the marker to the first empty line.
         pattern = rf"(<!-- {re.escape(marker)} -->\n).*?(?=\n\n)"
         text = re.sub(pattern, lambda match, block=blocks[marker]: match[1] + block, text, flags=re.DOTALL)
