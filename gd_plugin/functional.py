@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -48,7 +49,10 @@ def gradient_decay_cross_entropy(
     ``log(beta)``. It tends to ``log(beta)`` as p -> 1: **it is negative for confident samples when beta < 1.**
 
     Args:
-        input: logits, shape (C), (N, C) or (N, C, d1, ..., dK). fp16 and bf16 are computed in fp32.
+        input: logits, shape (C), (N, C) or (N, C, d1, ..., dK). fp16 and bf16 are computed in fp32. A
+            ``DTensor`` from a tensor-parallel head is taken too, with the other arguments the same on every process (or
+            ``DTensor``): sharded classes stay sharded, for class indices without label smoothing, and only numbers per
+            sample are exchanged; anything else is gathered. It needs no ``loss_parallel()``, and works inside one.
         target: class indices, shape (), (N) or (N, d1, ..., dK), any integer dtype; or class probabilities, shape
             of ``input``: then J(z, q) = sum_k q_k J(z, k), each class with its own p_k.
         beta: gradient-decay coefficient > 0 (paper, eq. 5): a float, a 0-dim tensor, or shape (C), one per class.
@@ -64,12 +68,14 @@ def gradient_decay_cross_entropy(
 
     Returns:
         The loss: 0-dim, or for ``"none"`` the shape of a class-index target. fp32 for fp16, bf16 and fp32 input (as
-        ``F.cross_entropy`` under autocast), fp64 for fp64. With ``return_cross_entropy`` a pair.
+        ``F.cross_entropy`` under autocast), fp64 for fp64. With ``return_cross_entropy`` a pair. For a ``DTensor`` an
+        ordinary tensor, the same on every process.
 
     Raises:
         ValueError: shapes that do not fit, ``beta`` not positive and finite, an unknown reduction, label smoothing
             outside [0, 1], ``ignore_index`` >= 0 with class probabilities.
-        RuntimeError: a class index outside [0, C) that is not ``ignore_index`` (on CUDA: a device assert).
+        RuntimeError: a class index outside [0, C) that is not ``ignore_index`` (on CUDA: a device assert); a second
+            derivative with respect to logits that stay sharded.
 
     Source: Zhang, Xie and Chen, *Probability-Dependent Gradient Decay in Large Margin Softmax*, arXiv 2210.17145.
 
@@ -82,6 +88,10 @@ def gradient_decay_cross_entropy(
     dim = 0 if input.dim() == 1 else 1
     soft = input.shape == target.shape
     _check(input, target, beta, weight, ignore_index, reduction, label_smoothing, dim, soft)
+    if _is_distributed(input):
+        target, beta, weight = _whole(target), _whole(beta), _whole(weight)
+        if soft or label_smoothing > 0 or _class_shard(input, dim) is None:
+            input = _whole(input)
     log_beta = _log_beta(beta, input.device)
 
     dtype = _compute_dtype(input)
@@ -218,7 +228,69 @@ def target_gap(logits: Tensor, target: Tensor, dim: int = 1) -> Tensor:
         The shape of ``target``, in fp64 (fp32 on devices without it). ``sigmoid(-gap)`` is the target's probability.
         About the lowest fp32 number where no other class has a finite logit, +inf where the target's logit is -inf.
     """
+    if _is_distributed(logits):
+        return _ShardedTargetGap.apply(logits.to_local(), target, dim, *_class_shard(logits, dim))
     return (_EagerTargetGap if _is_eager() else _TargetGap).apply(logits, target, dim)[0]
+
+
+class _ShardedTargetGap(torch.autograd.Function):
+    """`_TargetGap` of logits of which every process has some classes: the largest one, their sum and the target's are
+    exchanged. ``logits``: this process's, from class ``first`` of ``num_classes`` on."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, target: Tensor, dim: int, first: int, num_classes: int, group) -> Tensor:
+        ctx.dim, ctx.dtype = dim, logits.dtype
+        _of_class(target.new_zeros(1).expand(num_classes), target)  # refuses an index outside the classes
+        index = (target - first).unsqueeze(dim)
+        here = (index >= 0) & (index < logits.shape[dim])
+        index = index.masked_fill(~here, 0)  # where the target is elsewhere, any class, which is put back
+        others = logits.to(_compute_dtype(logits))
+        of_target = others.gather(dim, index)
+        others = others.scatter(dim, index, of_target.masked_fill(here, torch.finfo(others.dtype).min))
+
+        top = others.amax(dim, keepdim=True)
+        dist.all_reduce(top, dist.ReduceOp.MAX, group)
+        shares = (others - top).exp()
+        sums = torch.cat([shares.sum(dim, keepdim=True), of_target.masked_fill(~here, 0.0)], dim)
+        sums = sums.to(_row_dtype(logits.device))
+        dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+        total, of_target = sums.split(1, dim)
+        ctx.save_for_backward(shares.div_(total.to(shares.dtype)), index, here)
+        return (top.to(sums.dtype) - of_target + total.log()).squeeze(dim)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the gradient-decay loss of sharded logits is not differentiable twice: give it logits.full_tensor()"
+            )
+        shares, index, here = ctx.saved_tensors
+        grad = grad.to(shares.dtype).unsqueeze(ctx.dim)
+        grad_logits = shares * grad
+        of_target = torch.where(here, -grad, grad_logits.gather(ctx.dim, index))
+        return grad_logits.scatter_(ctx.dim, index, of_target).to(ctx.dtype), *[None] * 5
+
+
+def _is_distributed(tensor: Tensor | float | None) -> bool:
+    """Whether it is a DTensor, whose module takes a second to import."""
+    return type(tensor) is not Tensor and hasattr(tensor, "full_tensor")
+
+
+def _whole(tensor: Tensor | float | None) -> Tensor | float | None:
+    return tensor.full_tensor() if _is_distributed(tensor) else tensor
+
+
+def _class_shard(logits: Tensor, dim: int) -> tuple[int, int, dist.ProcessGroup] | None:
+    """This process's first class, the number of classes and the group that shares them, where every process of one mesh
+    dimension has some and the other dimensions do not shard anything."""
+    sharded = [axis for axis, placement in enumerate(logits.placements) if not placement.is_replicate()]
+    if len(sharded) != 1 or not logits.placements[sharded[0]].is_shard(dim):
+        return None
+    axis, mesh, num_classes = sharded[0], logits.device_mesh, logits.shape[dim]
+    per_process = math.ceil(num_classes / mesh.size(axis))  # as torch.chunk
+    if per_process * (mesh.size(axis) - 1) >= num_classes:
+        return None
+    return per_process * mesh.get_local_rank(axis), num_classes, mesh.get_group(axis)
 
 
 def _is_eager() -> bool:

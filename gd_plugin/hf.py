@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import gather
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy
@@ -118,6 +119,8 @@ class GradientDecayCallback(TrainerCallback):
             updates_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
         except TypeError:  # an iterable data set has no length
             updates_per_epoch = None
+        if self.loss.config.warmup_epochs:
+            updates_per_epoch = _longest(updates_per_epoch, args.device)
         try:
             self._schedule = self.loss.config.resolve(state.max_steps, updates_per_epoch)
         except ValueError as error:
@@ -366,6 +369,11 @@ class GradientDecayMixin:
 
 class GradientDecayTrainer(GradientDecayMixin, Trainer):
     """``transformers.Trainer`` with the gradient-decay loss; the one changed line. See `GradientDecayMixin`."""
+
+
+def _longest(updates_per_epoch: int | None, device: torch.device) -> int | None:
+    """Of all processes: without ``even_batches`` one may have a batch more than another, and beta must be the same."""
+    return gather(torch.tensor([updates_per_epoch or 0], device=device)).max().item() or None
 
 
 def _eval_loss(metrics: dict[str, float]) -> float:

@@ -91,8 +91,8 @@ class ClassificationMetrics:
 
         Raises:
             ValueError: shapes or dtypes that do not fit, another number of classes than before, a class index
-                outside [0, C) that is not ``ignore_index``, or rows that should be probabilities and are not (then a part
-                of the batch may have been added).
+                outside [0, C) that is not ``ignore_index``, or rows that should be probabilities and are not (then a
+                part of the batch may have been added).
 
         Logits without a softmax (NaN, +inf or nothing but -inf: a model that has diverged) are no error, since an
         evaluation must not end a training; they make every metric NaN.

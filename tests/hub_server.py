@@ -197,7 +197,8 @@ class HubServer:
 
     def fail(self, path, status=500, times=None, body=None, headers=None, method=None):
         """Answer requests whose path has a match of the regular expression ``path`` with ``status``, without doing
-        what they ask. ``body``: the message, or a dict for the whole JSON, or bytes."""
+        what they ask. Of several faults that match, the first that was set strikes. ``body``: the message, or a dict
+        for the whole JSON, or bytes."""
         if not isinstance(body, bytes | dict):
             answer = _error(status, body or MESSAGES.get(status, HTTPStatus(status).phrase), headers=headers)
         else:
