@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -137,19 +138,25 @@ def hub_errors(repo_id: str) -> Iterator[None]:
                 raise error.__cause__ from error
             raise
     except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
         said = " ".join((error.server_message or "").split())[:300]
-        meaning = _MEANING.get(status, "nothing is lost; give the command again later")
-        raise PushError(
-            f"the Hub answers {status} for {repo_id}: {meaning}" + (f" ({said})" if said else "")
-        ) from error
+        raise _answered(error.response.status_code, repo_id, said) from error
     except (LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
         raise PushError(" ".join(str(error).split())[:300]) from error
+    except json.JSONDecodeError as error:
+        raise PushError("the Hub's answer cannot be read; nothing is lost, give the command again later") from error
     except (HTTPError, ConnectionError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        status = re.search(r"\b(401|403|413|429)\b", reason)
+        if status:  # of hf_xet, which knows no other error
+            raise _answered(int(status[1]), repo_id, "") from error
         raise PushError(
             f"the connection to the Hub failed ({reason}); nothing is lost, give the command again and it goes on"
         ) from error
+
+
+def _answered(status: int, repo_id: str, said: str) -> PushError:
+    meaning = _MEANING.get(status, "nothing is lost; give the command again later")
+    return PushError(f"the Hub answers {status} for {repo_id}: {meaning}" + (f" ({said})" if said else ""))
 
 
 def _check_name(repo_id: str) -> None:

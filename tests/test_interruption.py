@@ -138,7 +138,7 @@ class _Alive:
 
 
 def children(process):
-    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [pid for path in Path(f"/proc/{process.pid}/task").glob("*/children") for pid in path.read_text().split()]
 
 
 def popen(words, folder, log):

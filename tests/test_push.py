@@ -198,6 +198,18 @@ def test_an_error_of_the_hub_is_one_line_and_loses_nothing(hub, run, command, st
     assert "model.safetensors" in hub.repos["tester/digits"].files
 
 
+def test_an_answer_that_cannot_be_read(hub, run, command):
+    hub.fail("/validate-yaml", 502, body=b"<html>Bad gateway</html>")
+    code, _, err = command("push", run, "--repo_id", "tester/digits")
+    assert code == 1 and err == (
+        "gd-plugin: error: the Hub's answer cannot be read; nothing is lost, give the command again later\n"
+    )
+    hub.heal()
+    hub.fail("/validate-yaml", 400, body={"errors": [{"message": '"license" must be one of'}], "warnings": []})
+    code, _, err = command("push", run, "--repo_id", "tester/digits")
+    assert (code, err.count("\n")) == (2, 1) and '"license" must be one of' in err
+
+
 def test_a_connection_that_ends_in_the_middle_of_an_upload(hub, run, command):
     hub.drop("^/lfs|/lfs/", after_bytes=1000, times=None, method="PUT")
     code, _, err = command("push", run, "--repo_id", "tester/digits")
