@@ -24,6 +24,38 @@ SMALL = (
 ).split()
 
 
+_FIGURES = pytest.StashKey[dict]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="kill a training twenty times, in place of three")
+
+
+def pytest_configure(config):
+    config.stash[_FIGURES] = {}
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="there is no GPU here; on a machine with one: pytest -m gpu"))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.stash[_FIGURES]:
+        terminalreporter.section("figures")
+        for name, value in config.stash[_FIGURES].items():
+            terminalreporter.write_line(f"{name}: {value}")
+
+
+@pytest.fixture(scope="session")
+def figure(request):
+    """What was measured by a test, to be shown at the end of them all: ``figure("kills", 20)``."""
+    return request.config.stash[_FIGURES].__setitem__
+
+
 class Outcome(NamedTuple):
     code: int
     out: str

@@ -27,7 +27,6 @@ WORDS = [
     *("--save_strategy", "steps", "--save_steps", "3", "--save_total_limit", "2"),
     *("--model_args", '{"drop_rate": 0.3}'),
 ]
-KILLS = 20
 
 
 def outcome(folder):
@@ -52,13 +51,19 @@ def uninterrupted(train, small, tmp_path_factory):
     return folder
 
 
-def test_twenty_kills_at_random_moments(start, train, small, uninterrupted, tmp_path):
+@pytest.fixture
+def kills(request):
+    return 20 if request.config.getoption("--full") else 3
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments(start, train, small, uninterrupted, tmp_path, kills, figure):
     """Before the first update, inside updates, inside saves, between epochs: wherever it is. Whenever a run comes to
     its end in spite of them, the next one begins."""
     moments, places, cut_short = random.Random(0), [], 0
     runs = (tmp_path / f"run-{i}" for i in itertools.count())
     folder = next(runs)
-    for kill in range(KILLS):
+    for kill in range(kills):
         words = ["train", *small, *WORDS, "--output_dir", folder]
         process = start([*words, "--resume"] if (folder / "args.yaml").exists() else words, tmp_path / f"err-{kill}")
         before = steps(folder)
@@ -73,8 +78,8 @@ def test_twenty_kills_at_random_moments(start, train, small, uninterrupted, tmp_
         if (folder / "record.json").exists():
             assert_same(folder, uninterrupted)
             folder = next(runs)
-    assert len(set(places)) > KILLS / 2
-    print("kills that left a checkpoint half written:", cut_short)
+    assert len(set(places)) > kills / 2
+    figure("kills of a training", f"{kills}, {cut_short} of them in the middle of a checkpoint")
     train(*small, *WORDS, *(["--resume"] if folder.exists() else []), output_dir=folder)
     assert_same(folder, uninterrupted)
 
@@ -110,26 +115,33 @@ def test_another_schedule_is_found(train, small, uninterrupted, tmp_path):
         assert_same(tmp_path / "out", uninterrupted)
 
 
-def test_two_processes_are_killed(small, tmp_path):
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_processes_are_killed(small, tmp_path, kills, figure):
     """Both at once, as a machine that goes down does it, and one of them alone, which ends the other."""
     words = [*small, *WORDS, "--gd_warmup_steps", "30"]  # of 36: each update takes the samples of two
     torchrun(words, tmp_path / "whole")
     folder = tmp_path / "out"
-    for kill, alone in enumerate((False, True, False)):
+    which = (False, True, False) if kills > 3 else (True,)
+    for kill, alone in enumerate(which):
         process = popen(
             [*words, "--resume"] if (folder / "args.yaml").exists() else words, folder, tmp_path / f"{kill}"
         )
         before = steps(folder)
         wait_until(lambda before=before: steps(folder) > before, _Alive(process), 240)
         assert process.poll() is None, (tmp_path / f"{kill}").read_text()
+        workers = [int(pid) for pid in children(process)]
+        assert len(workers) == 2
         if alone:
-            os.kill(int(children(process)[-1]), signal.SIGKILL)
+            os.kill(workers[1], signal.SIGKILL)
             assert process.wait(120) != 0  # torchrun ends the rest
         else:
-            os.killpg(process.pid, signal.SIGKILL)
+            for pid in (process.pid, *workers):  # each worker has a group of its own
+                os.kill(pid, signal.SIGKILL)
             process.wait(60)
     torchrun([*words, "--resume"], folder)
     assert_same(folder, tmp_path / "whole")
+    figure("kills of a training with two processes", len(which))
 
 
 class _Alive:

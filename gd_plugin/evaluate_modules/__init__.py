@@ -69,7 +69,9 @@ class _Features(datasets.Features):
         scores = batch["predictions"]
         if not isinstance(scores, (np.ndarray, torch.Tensor)) or scores.ndim != 2:
             return super().encode_batch(batch)
-        values = torch.as_tensor(scores).detach().to("cpu", torch.float64).reshape(-1).numpy()
+        if isinstance(scores, torch.Tensor):
+            scores = scores.detach().to("cpu", torch.float64).numpy()
+        values = np.asarray(scores, np.float64).reshape(-1)
         offsets = np.arange(len(scores) + 1) * scores.shape[1]
         array = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
         return {**super().encode_batch({**batch, "predictions": []}), "predictions": array}
