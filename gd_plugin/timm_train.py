@@ -170,7 +170,8 @@ class TimmRun:
         if self._record.get("epochs"):
             self._record["epochs"][-1] |= {f"eval_{name}": value for name, value in results.items()}
             self._record |= {"final": dict(results), "reliability": metrics.reliability()}
-            self._record["dataset"]["test"] = len(metrics)
+            if "dataset" in self._record:  # on the first process
+                self._record["dataset"]["test"] = len(metrics)
             self._write_record()
         return results
 

@@ -98,7 +98,7 @@ def _shell(command, folder):
 
 def test_the_readme_has_snippets():
     assert (
-        len(PYTHON) == 6 and len(SHELL) == 10 and len(DIFFS) == 2 and len(TIMM) == 4 and set(SETUP) == {"demo", "test"}
+        len(PYTHON) == 8 and len(SHELL) == 12 and len(DIFFS) == 2 and len(TIMM) == 4 and set(SETUP) == {"demo", "test"}
     )
     assert {language for language, _ in BLOCKS} == {"diff", "python", "bash", "bibtex"}
 
@@ -107,6 +107,8 @@ def test_the_readme_has_snippets():
 def test_python_snippet(snippet, names, request):
     if "gd_plugin.timm" in snippet:
         os.chdir(request.getfixturevalue("timm_folder"))
+    if "user/name" in snippet and "pipeline" in snippet:
+        request.getfixturevalue("hub")
     exec(compile(snippet, "README.md", "exec"), names)
 
 
@@ -137,6 +139,26 @@ def test_report_command(timm_folder):
     (command,) = (command for command in SHELL if command.startswith("gd-plugin report output"))
     assert "first-run" in _shell(command, timm_folder)
     assert (timm_folder / "output/train/curves.png").exists()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub of its own, where the model of a run of `gd-plugin train` has been pushed to user/name."""
+    from hub_server import HubServer, connect
+
+    with HubServer(user="user") as server:
+        connect(server, monkeypatch, tmp_path / "home")
+        small = "--max_train_samples 64 --max_eval_samples 32 --num_train_epochs 1"
+        small += """ --runs '{"beta 5": {"gd_beta": 5}}'"""
+        _shell(f"gd-plugin train digits {small}", tmp_path)
+        for command in (command for command in SHELL if command.startswith("gd-plugin push")):
+            out = _shell(command, tmp_path)
+            assert ("model.safetensors" in out) == ("--dry_run" in command) != ("user/name" in server.repos)
+        yield server
+
+
+def test_push_commands(hub):
+    assert {"README.md", "model.safetensors", "record.json"} <= set(hub.repos["user/name"].files)
 
 
 def test_train_command(tmp_path, monkeypatch):
