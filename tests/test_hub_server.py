@@ -363,7 +363,7 @@ def test_models_of_transformers_and_timm(hub, bert, tmp_path):
     timm.models.push_to_hf_hub(net, "net", model_config={"label_names": ["a", "b", "c"]})
     # timm 1.0.31 writes down the number of classes twice, and transformers 5.24 passes both on.
     config = json.loads(hub.repos["tester/net"].files["config.json"])
-    config["model_args"].pop("num_classes", None)
+    config.get("model_args", {}).pop("num_classes", None)
     content = json.dumps(config).encode()
     HfApi().upload_file(path_or_fileobj=content, path_in_repo="config.json", repo_id="tester/net")
     repo = hub.repos["tester/bert"]

@@ -76,7 +76,7 @@ def by_timm(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("by_timm")
     write_digits(folder / "data")
-    words = [SCRIPTS["new"], *SMALL, "--data-dir", folder / "data", "--loss", "gd", "--gd-beta", 5]
+    words = [SCRIPTS.get("new", SCRIPTS["old"]), *SMALL, "--data-dir", folder / "data", "--loss", "gd", "--gd-beta", 5]
     with own_logging():
         assert main(["timm", *map(str, words), "--output", str(folder), "--experiment", "run"]) == 0
     return folder / "run"
