@@ -24,7 +24,7 @@ from gd_plugin.study import prepare
 
 METHODS = {"ce": {"gd_beta": 1}, "five": {"gd_beta": 5}}
 RUNS = [(seed, name) for seed in (0, 1) for name in METHODS]
-VOLATILE = ("created", "command", "commit", "wall_time_s")  # when and how fast, not what came out
+VOLATILE = ("created", "command", "commit", "wall_time_s", "energy_kwh")  # when and how fast, not what came out
 REPORT = {".md", ".csv", ".html", ".png"}
 
 
