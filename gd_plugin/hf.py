@@ -126,6 +126,8 @@ class GradientDecayCallback(TrainerCallback):
         except ValueError as error:
             raise ValueError(with_gd_prefix(error)) from None
         self._beta = None
+        if getattr(getattr(model, "config", None), "gd_temperature", None) is not None:
+            del model.config.gd_temperature  # fitted to other weights than these will be
         self.on_step_begin(args, state, control)  # also for who measures the loss before the first update
 
     def on_step_begin(self, args, state, control, **kwargs):

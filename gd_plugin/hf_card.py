@@ -94,9 +94,9 @@ def _draw(record: dict, folder: Path) -> None:
     draw([record], folder, Console(quiet=True))
 
 
-def _length(data: Dataset | None) -> int | None:
+def _length(data: Dataset | dict[str, Dataset] | None) -> int | None:
     try:
-        return len(data)
+        return None if isinstance(data, dict) else len(data)
     except TypeError:  # none, or a stream
         return None
 

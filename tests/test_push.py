@@ -384,6 +384,19 @@ def test_a_model_in_training_keeps_its_logits(runs):
     assert not torch.equal(model.eval()(pixels).logits, before)
 
 
+def test_further_training_forgets_the_temperature(runs, tmp_path):
+    model = ViTForImageClassification.from_pretrained(runs / "vit")
+    assert model.config.gd_temperature
+    samples = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 10} for i in range(8)]
+    args = GradientDecayTrainingArguments(
+        str(tmp_path / "out"), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no"
+    )
+    trainer = GradientDecayTrainer(model=model, args=args, train_dataset=samples)
+    trainer.train()
+    trainer.save_model()
+    assert "gd_temperature" not in json.loads((tmp_path / "out/config.json").read_text())
+
+
 @pytest.mark.parametrize("temperature", [None, 0, -1, float("nan"), float("inf"), "2"])
 def test_a_temperature_that_is_none(runs, temperature):
     model = ViTForImageClassification.from_pretrained(runs / "vit")
