@@ -121,7 +121,7 @@ def run_card(record: dict, siblings: list[dict], pictures: list[str], license: s
         note += " **No cross-entropy baseline was trained beside it.**"
     results = markdown.table(["run", *(title for title, *_ in _METRICS)], rows)
     values = {key: record["final"].get(key) for _, key, *_ in _METRICS}
-    return _render(record, values, results, note, _temperature(record), pictures, [record["seed"]], license)
+    return _render(record, values, results, note, _temperature(record), pictures, [record["seed"]], license, use=True)
 
 
 def study_card(study: StudyResults, pictures: list[str], method: str | None = None, license: str | None = None) -> str:
@@ -175,16 +175,19 @@ def _render(
     pictures: list[str],
     seeds: list[int],
     license: str | None,
+    use: bool = False,
 ) -> str:
     name = f"{_short(record['model']['name'])} on {record['dataset']['name']}, {record['name']}"
     name = (record.get("card") or {}).get("model_name") or name
+    metadata = _metadata(record, name, values, license)
     card = ModelCard.from_template(
-        _metadata(record, name, values, license),
+        metadata,
         template_path=str(_TEMPLATE),
         title=markdown.plain(name),
         summary=_summary(record),
         results=results,
         results_note=note,
+        use=metadata.pipeline_tag if use else None,
         pictures=[(_PICTURES[Path(file).stem], file) for file in pictures],
         loss=_loss(record),
         hyperparameters=markdown.table(["setting", "value"], hyperparameters(record).items()),
