@@ -20,7 +20,8 @@ def apply_temperature(model: nn.Module) -> nn.Module:
 
     Args:
         model: one of transformers; its outputs have ``logits``, of shape (..., C). Predictions stay the same. In
-            training mode, where a loss is to see the logits as they are, nothing is divided.
+            training mode, where a loss is to see the logits as they are, nothing is divided; a ``loss`` that the model
+            computes itself is of the undivided ones.
 
     Raises:
         ValueError: there is no temperature in the configuration, or it is not a number above 0.
@@ -32,14 +33,19 @@ def apply_temperature(model: nn.Module) -> nn.Module:
             "one where the data have a validation and a test split"
         )
 
-    def divide(module: nn.Module, args, output):
-        if not module.training:
-            output.logits = output.logits / module.config.gd_temperature
-        return output
-
     if not getattr(model, "_gd_temperature_hook", None):  # a second call changes nothing
-        model._gd_temperature_hook = model.register_forward_hook(divide)
+        model._gd_temperature_hook = model.register_forward_hook(_divide)
     return model
+
+
+def _divide(module: nn.Module, args, output):  # of this module, so that a model with the hook can be pickled
+    temperature = getattr(module.config, "gd_temperature", None)
+    if module.training or temperature is None:  # it was trained on, which removes the temperature
+        return output
+    if isinstance(output, tuple):
+        raise TypeError("apply_temperature needs outputs with names: leave out return_dict=False")
+    output.logits = output.logits / temperature
+    return output
 
 
 def fit_temperature(logits: Tensor, target: Tensor) -> float:

@@ -14,7 +14,7 @@ from .record import STUDY_FILE, family, read_record, write_atomic
 if TYPE_CHECKING:
     from .stats import StudyResults
 
-__all__ = ["CITATION", "LICENSE_HELP", "hyperparameters", "main", "run_card", "study_card", "write_run_card"]
+__all__ = ["CITATION", "LICENSE_HELP", "hyperparameters", "is_ours", "main", "run_card", "study_card", "write_run_card"]
 
 CITATION = """@article{zhang2024gradientdecay,
   title   = {Probability-Dependent Gradient Decay in Large Margin Softmax},
@@ -27,6 +27,7 @@ _OF_TIMM = (
     "model", "epochs", "batch_size", "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "amp", "smoothing",
     "mixup", "cutmix", "model_ema", "world_size", "seed",
 )  # fmt: skip
+_MARK = "<!-- written by gd-plugin card -->"
 _TEMPLATE = Path(__file__).parent / "card.md.jinja"
 _PICTURES = {
     "curves": "Training curves",
@@ -96,6 +97,11 @@ def write_run_card(folder: Path, license: str | None = None) -> Path:
     path = folder / "README.md"
     write_atomic(path, run_card(record, siblings, pictures, license))
     return path
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a README.md is a card that was written here and may be written again."""
+    return _MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
 def run_card(record: dict, siblings: list[dict], pictures: list[str], license: str | None = None) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .hf import GradientDecayTrainer
 from .hf_card import trainer_record
 from .metrics import classification_metrics
 from .models import build_model
+from .push import hub_errors
 from .record import publishable
 from .trace import Tracer
 
@@ -131,7 +133,8 @@ def _energy() -> Iterator[list[float]]:
         yield used
     finally:
         tracker.stop()
-    used.append(tracker.final_emissions_data.energy_consumed)
+    if data := getattr(tracker, "final_emissions_data", None):  # it measures what it can
+        used.append(data.energy_consumed)
 
 
 class _SaveAfterEvaluation(TrainerCallback):
@@ -167,6 +170,10 @@ class _Trainer(GradientDecayTrainer):
         self.augmentation = augmentation
         self._batches = 0  # augmented so far
         self._kept: list[tuple[Tensor, Tensor]] | None = None
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        with hub_errors(self.args.hub_model_id or Path(self.args.output_dir).name):
+            super().init_hf_repo(*args, **kwargs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)

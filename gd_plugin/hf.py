@@ -317,11 +317,13 @@ class GradientDecayMixin:
         dataset_tags: str | list[str] | None = None,
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
+        dataset_name: str | None = None,
     ) -> None:
         """Write the model card with its evidence into ``args.output_dir``, in place of the Trainer's own.
 
-        Arguments as ``Trainer.create_model_card``. ``README.md`` shows beta and its schedule, the last evaluation with
-        its calibration metrics, versions and hardware; beside it ``record.json``, ``curves.png``, ``reliability.png``.
+        Arguments as ``Trainer.create_model_card``, and TRL's ``dataset_name``. ``README.md`` shows beta and its
+        schedule, the last evaluation with its calibration metrics, versions and hardware; beside it ``record.json``,
+        ``curves.png``, ``reliability.png``.
         """
         if not self.is_world_process_zero():
             return
@@ -336,7 +338,7 @@ class GradientDecayMixin:
             model_name=model_name,
             finetuned_from=finetuned_from,
             tasks=tasks,
-            dataset_tags=dataset_tags,
+            dataset_tags=dataset_tags or dataset_name,
             dataset=dataset,
             dataset_args=dataset_args,
         )

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import datetime
-import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from datasets import NamedSplit
 from torch.utils.data import Dataset
 from transformers import Trainer
 from transformers.modelcard import TrainingSummary, extract_hyperparameters_from_trainer
 
 from .card import write_run_card
-from .record import RECORD_FORMAT, environment, epochs_from_log, publishable, publishable_words, write_json
+from .record import RECORD_FORMAT, environment, epochs_from_log, publishable, write_json
 
 __all__ = ["trainer_record", "write_trainer_card"]
 
@@ -33,7 +33,7 @@ def trainer_record(trainer: Trainer, started: float) -> dict[str, Any]:
         "format": RECORD_FORMAT,
         "name": Path(trainer.args.output_dir).resolve().name,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(publishable_words(sys.argv)),
+        "command": Path(sys.argv[0]).name,  # a script's arguments may hold anything, also a password
         "config": {key: publishable(value) for key, value in extract_hyperparameters_from_trainer(trainer).items()},
         "loss": "gd",
         "gd": trainer.gd_config.to_dict(),
@@ -48,7 +48,7 @@ def trainer_record(trainer: Trainer, started: float) -> dict[str, Any]:
             "name": "unknown data",
             "train": _length(trainer.train_dataset),
             "test": _length(trainer.eval_dataset),
-            "tested_on": str(getattr(trainer.eval_dataset, "split", None) or "evaluation"),
+            "tested_on": _split(trainer.eval_dataset),
         },
         "epochs": epochs,
         "log": [entry for entry in log if "loss" in entry],
@@ -66,10 +66,10 @@ def write_trainer_card(trainer: Trainer, started: float, **said: Any) -> Path:
     """
     summary = TrainingSummary.from_trainer(trainer, **said)
     record, folder = trainer_record(trainer, started), Path(trainer.args.output_dir)
-    if summary.dataset:
-        record["dataset"]["name"] = ", ".join(_listed(summary.dataset))
-    if summary.dataset_tags:
-        record["dataset"]["hub"] = _listed(summary.dataset_tags)
+    if names := _listed(summary.dataset):
+        record["dataset"]["name"] = ", ".join(names)
+    if tags := _listed(summary.dataset_tags):
+        record["dataset"]["hub"] = tags
     record["card"] = {
         "language": summary.language,
         "license": summary.license,
@@ -94,6 +94,11 @@ def _draw(record: dict, folder: Path) -> None:
     draw([record], folder, Console(quiet=True))
 
 
+def _split(data: Dataset | dict[str, Dataset] | None) -> str:
+    split = getattr(data, "split", None)
+    return str(split) if isinstance(split, str | NamedSplit) else "evaluation"
+
+
 def _length(data: Dataset | dict[str, Dataset] | None) -> int | None:
     try:
         return None if isinstance(data, dict) else len(data)
@@ -102,4 +107,4 @@ def _length(data: Dataset | dict[str, Dataset] | None) -> int | None:
 
 
 def _listed(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or ())
+    return [value] if isinstance(value, str) else [name for name in value or () if name]

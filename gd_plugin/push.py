@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from .card import LICENSE_HELP, write_run_card
+from .card import LICENSE_HELP, is_ours, write_run_card
 from .parser import Parser
 from .record import STUDY_FILE, read_record, write_json
 from .report import draw
@@ -76,7 +76,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="upload nothing, show which files would go")
     options = parser.parse_args(argv)
     _check_name(options.repo_id)
-    if not (options.folder / "README.md").is_file() or options.license is not None:
+    card = options.folder / "README.md"
+    if options.license is not None and card.is_file() and not is_ours(card):
+        raise ValueError(f"--license {options.license}: {card} is not one of gd-plugin's; set the license in it")
+    if not card.is_file() or is_ours(card):
         record = _check_run(options.folder)
         if not any((options.folder / f"curves.{suffix}").is_file() for suffix in ("png", "svg")):
             draw([record], options.folder, Console(quiet=True))
@@ -113,7 +116,7 @@ def push(run: Path, repo_id: str, private: bool | None = None) -> str:
             repo_id=url.repo_id,
             folder_path=folder,
             commit_message="Upload the model, its card and its record",
-            allow_patterns=list(_FILES),
+            allow_patterns=[path.name for path in _chosen(folder)],  # a * of theirs would look into folders
         )
     return str(url)
 
@@ -217,7 +220,9 @@ def _save_timm_model(run: Path, record: dict, folder: Path) -> None:
         if settings.get(setting):
             options[option] = settings[setting]
     model = timm.create_model(settings["model"], num_classes=settings["num_classes"], **options)
-    load_checkpoint(model, str(run / _TIMM_CHECKPOINT), use_ema=bool(settings.get("model_ema")))
+    # Averaged on the CPU they are not what timm validates, and the record measures.
+    averaged = bool(settings.get("model_ema")) and not settings.get("model_ema_force_cpu")
+    load_checkpoint(model, str(run / _TIMM_CHECKPOINT), use_ema=averaged)
     data = resolve_data_config(settings, model=model)
     save_for_hf(
         model,

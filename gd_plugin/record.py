@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import uuid
@@ -37,6 +38,7 @@ TRACE_FILE = "trace.npz"  # beside the record of a run that was traced for gd-pl
 STUDY_FILE = "study.json"  # beside the records of a study: its methods in their order, and its seeds
 
 _PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "numpy")
+_SECRET = re.compile(r"token$|api_key|secret|passw|credential")
 _REQUIRED = ("name", "config", "seed", "dataset", "epochs", "final", "wall_time_s")
 # Speed, not quality: it differs between two runs of the same seed.
 _SPEED = ("_runtime", "_per_second", "_model_preparation_time")
@@ -147,7 +149,7 @@ def publishable_words(argv: list[str]) -> list[str]:
     words, hide = [], False
     for word in argv:
         flag, equals, value = word.partition("=")
-        is_token = flag.startswith("--") and flag.endswith("token")
+        is_token = flag.startswith("--") and _SECRET.search(flag) is not None
         if hide:
             words.append("***")
         elif word.startswith("--") and equals:

@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 import signal
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +16,16 @@ import datasets
 import torch
 import transformers
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from transformers import DataCollatorWithPadding, TrainerCallback, default_data_collator
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import HubStrategy
 
 from .arguments import Run, parse
 from .baselines import baseline
-from .card import write_run_card
+from .card import is_ours, write_run_card
 from .data import ClassificationData, PreparedImages, PreparedTexts, load_data
 from .display import Bars, progress
 from .fit import Interrupted, fit
@@ -30,7 +33,7 @@ from .folder import SETTINGS_FILE, check_folder, last_whole_checkpoint, remove_r
 from .hf import GradientDecayTrainingArguments, refuse_data_parallel, with_gd_prefix
 from .metrics import METRICS
 from .models import build_model
-from .push import PushError, check_token, hub_errors, push
+from .push import PushError, check_token, push
 from .record import publishable_words, read_record, write_atomic, write_json
 from .report import draw, print_table
 from .trace import find_head
@@ -74,7 +77,7 @@ def check_runs(runs: list[Run]) -> None:
         if run.args.hub_token:  # out of the arguments, which the Trainer pickles beside every checkpoint
             os.environ["HF_TOKEN"], run.args.hub_token = run.args.hub_token, None
         if run.args.push_to_hub:
-            _check_push(run.args, len(runs))
+            _check_push(run, len(runs))
         if run.model.loss != "gd":
             baseline(run.model.loss)
         if run.trace_samples < 0 or (run.trace_samples and run.args.world_size > 1):
@@ -174,7 +177,7 @@ class Job:
                 markup=False,
             )
         callbacks = [stop, bars.callback(run.name)]
-        with hub_errors(_repository(run)) if args.push_to_hub else nullcontext(), _full_disk(run.folder):
+        with _full_disk(run.folder):
             checkpoint = None if checkpoint is None else str(checkpoint)
             record = fit(run, self.data, self.splits, self.command, callbacks, checkpoint)
         if args.process_index == 0:
@@ -184,7 +187,9 @@ class Job:
 
     def _push(self) -> None:
         for run in self.runs:
-            write_run_card(run.folder)
+            card = run.folder / "README.md"
+            if not card.is_file() or is_ours(card):
+                write_run_card(run.folder)
             url = push(run.folder, _repository(run), run.args.hub_private_repo)
             self.console.print(f"{run.name}: {url}", soft_wrap=True, markup=False)
 
@@ -194,15 +199,24 @@ def _full_disk(folder: Path):
     """A full disk as one line: each library has an error of its own for it."""
     try:
         yield
+    except Interrupted:
+        raise
     except Exception as error:
         if getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(folder).free < _LITTLE_SPACE:
             raise FullDisk(f"no space left for {folder}; make some, and go on with --resume") from error
         raise
 
 
-def _check_push(args: GradientDecayTrainingArguments, runs: int) -> None:
+def _check_push(run: Run, runs: int) -> None:
     """Before training, not after it."""
+    args = run.args
     check_token()
+    try:
+        validate_repo_id(_repository(run))
+    except HFValidationError as error:
+        raise ValueError(f"--hub_model_id {_repository(run)}: {error}") from None
+    # At the end alone: what the Trainer pushes in between would be a record of a run that is not complete.
+    args.hub_strategy = HubStrategy.END
     if args.hub_revision:
         raise ValueError("--hub_revision: models are pushed to the main branch; leave it out")
     if args.hub_model_id and runs > 1:
