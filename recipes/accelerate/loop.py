@@ -2,6 +2,8 @@
 
     accelerate launch --config_file recipes/accelerate/one_gpu.yaml recipes/accelerate/loop.py
 
+one_gpu.yaml works on the CPU too; for several GPUs ddp.yaml, fsdp2.yaml, zero2.yaml and zero3.yaml.
+
 The loss of an update is the sum of the weighted losses of all its samples, in all micro-batches and on all processes,
 divided by the sum of the weights of all their targets. So it is the same update however its samples are split. The mean
 of the micro-batches' means is another one wherever these weigh differently: by class weights, by ignored targets, by a
