@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,11 @@ def write_run_card(folder: Path, license: str | None = None) -> Path:
         ValueError, OSError: there is no record, or it cannot be read.
     """
     record = read_record(folder / "record.json")
-    siblings = [read_record(path) for path in sorted(folder.parent.glob("*/record.json")) if path.parent != folder]
+    siblings = []
+    for path in sorted(folder.parent.glob("*/record.json")):
+        with contextlib.suppress(ValueError):  # another program's file of that name
+            if path.parent != folder:
+                siblings.append(read_record(path))
     siblings = [other for other in siblings if _comparable(other, record)]
     pictures = [f"{name}.png" for name in _PICTURES if (folder / f"{name}.png").is_file()]
     path = folder / "README.md"
@@ -230,7 +235,8 @@ def _short(model: str) -> str:
 def _metadata(record: dict, name: str, values: dict[str, float | None], license: str | None) -> ModelCardData:
     dataset, model, said = record["dataset"], record["model"]["name"], record.get("card") or {}
     task = said.get("task") or f"{dataset.get('kind', 'image')}-classification"
-    base = said.get("base_model") or (model if "/" in model and ":" not in model else None)
+    hub_name = model if "/" in model and ":" not in model else None
+    base = said.get("base_model") if said else hub_name  # the Trainer has looked whether it is a folder
     hub = dataset.get("hub") or ([dataset["name"]] if "/" in dataset["name"] else [])
     results = [
         EvalResult(
