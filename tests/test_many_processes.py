@@ -43,7 +43,7 @@ def folders(tmp_path_factory):
     try:
         many_processes.main(folders[1])
         for world, process in processes.items():
-            output, _ = process.communicate(timeout=400)
+            output, _ = process.communicate(timeout=900)
             assert process.returncode == 0, output[-4000:]
             (folders[world] / "output").write_text(output)
     finally:
