@@ -84,7 +84,8 @@ def _divisor(target: Tensor, weight: Tensor | None, ignore_index: int, reduction
     kept = target != ignore_index
     if weight is None:
         return kept.sum()
-    return weight.to(target.device)[target.masked_fill(~kept, 0).long()].masked_fill(~kept, 0.0).sum()
+    weight = weight.to(target.device)[target.masked_fill(~kept, 0).long()].masked_fill(~kept, 0.0)
+    return weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))  # in bf16 it would have three digits
 
 
 class _Sum(torch.autograd.Function):
@@ -94,11 +95,13 @@ class _Sum(torch.autograd.Function):
     def forward(ctx, input, linear_weight, linear_bias, target, knobs, divisor):
         needed = ctx.needs_input_grad[:3]
         sums, grads = [], _Gradients(input, linear_weight, linear_bias, needed)
+        # The mean of no row is 0 / 0, and its gradient 0: as F.cross_entropy.
+        scale = None if divisor is None else divisor.masked_fill(divisor == 0, 1)
         for rows in _chunks(input, linear_weight):
             logits = F.linear(input[rows], linear_weight, linear_bias)
             if any(needed):
                 loss, grad_logits = _with_gradient(logits, target[rows], knobs)
-                grads.add(rows, grad_logits if divisor is None else grad_logits.div_(divisor))
+                grads.add(rows, grad_logits if scale is None else grad_logits.div_(scale))
                 del grad_logits
             else:
                 loss = gradient_decay_cross_entropy(logits, target[rows], *knobs)

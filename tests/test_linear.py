@@ -196,3 +196,25 @@ def test_a_target_outside_the_classes(wrong, smoothing):
     input = tensors[0].clone().requires_grad_()
     with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
         linear_gradient_decay_cross_entropy(input, tensors[1], target, 0.1, label_smoothing=smoothing)
+
+
+def test_the_mean_of_no_row_has_no_gradient():
+    tensors, target = problem()
+    loss, *gradients = with_gradients(
+        lambda *head: linear_gradient_decay_cross_entropy(*head[:2], torch.full_like(target, -100), 2.0, head[2]),
+        tensors,
+        None,
+    )
+    assert loss.isnan()
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_the_sum_of_the_weights_is_not_rounded_to_their_type():
+    tensors, target = problem()
+    weight = torch.linspace(0.1, 2.0, C).bfloat16()
+    got = with_gradients(
+        lambda *head: linear_gradient_decay_cross_entropy(*head[:2], target, 2.0, head[2], weight), tensors, None
+    )
+    expected = with_gradients(of_logits(target, 2.0, weight), tensors, None)
+    for one, two in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, two.float(), rtol=2e-6, atol=2e-6 * two.abs().max().item())
