@@ -141,6 +141,7 @@ class Run:
     model: ModelArguments
     trace_samples: int
     words: list[str]  # what was parsed
+    of_several: bool  # with a folder of its own in the output folder
 
     @property
     def folder(self) -> Path:
@@ -235,7 +236,8 @@ def parse_one(name: str | None, words: list[str], parser: _Parser | None = None)
     defaults = vars(parser.parse_args([]))
     values = vars(parser.parse_args(words)).items()
     settings = {k: v for k, v in values if v != defaults[k] and k not in NOT_SETTINGS}
-    return Run(name or _describe(args, model), args, settings, data, model, what.trace_samples, words)
+    several = name is not None
+    return Run(name or _describe(args, model), args, settings, data, model, what.trace_samples, words, several)
 
 
 def _chosen(variants: dict[str, Any], methods: list[str]) -> dict[str, Any]:

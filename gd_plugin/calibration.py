@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["apply_temperature", "fit_temperature", "fit_vector_scaling"]
+__all__ = ["apply_temperature", "fit_temperature", "fit_vector_scaling", "is_useful"]
+
+_USEFUL = (0.05, 20.0)
 
 
 def apply_temperature(model: nn.Module) -> nn.Module:
@@ -26,7 +28,12 @@ def apply_temperature(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: there is no temperature in the configuration, or it is not a number above 0.
     """
-    temperature = getattr(getattr(model, "config", None), "gd_temperature", None)
+    if not hasattr(model, "config"):
+        raise ValueError(
+            f"{type(model).__name__} has no configuration, where the temperature is: load it with transformers "
+            "(AutoModelForImageClassification), also a timm model"
+        )
+    temperature = getattr(model.config, "gd_temperature", None)
     if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
         raise ValueError(
             f"the model's configuration has no temperature (gd_temperature: {temperature!r}); gd-plugin train stores "
@@ -66,6 +73,12 @@ def fit_temperature(logits: Tensor, target: Tensor) -> float:
         return 1.0
     log_scale = _minimise(lambda s: F.cross_entropy(logits * s.exp(), target), torch.zeros((), dtype=torch.float64))
     return (-log_scale).exp().item()
+
+
+def is_useful(temperature: float) -> bool:
+    """Whether a fitted temperature is one to apply. Beyond these the fit is of chance: the logits of a model that has
+    learned nothing, or a handful of samples."""
+    return _USEFUL[0] <= temperature <= _USEFUL[1]
 
 
 def fit_vector_scaling(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

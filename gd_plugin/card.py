@@ -9,13 +9,24 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import markdown
+from .calibration import is_useful
 from .parser import Parser
 from .record import STUDY_FILE, family, read_record, write_atomic
 
 if TYPE_CHECKING:
     from .stats import StudyResults
 
-__all__ = ["CITATION", "LICENSE_HELP", "hyperparameters", "is_ours", "main", "run_card", "study_card", "write_run_card"]
+__all__ = [
+    "CITATION",
+    "LICENSE_HELP",
+    "UNKNOWN_DATA",
+    "hyperparameters",
+    "is_ours",
+    "main",
+    "run_card",
+    "study_card",
+    "write_run_card",
+]
 
 CITATION = """@article{zhang2024gradientdecay,
   title   = {Probability-Dependent Gradient Decay in Large Margin Softmax},
@@ -23,7 +34,10 @@ CITATION = """@article{zhang2024gradientdecay,
   journal = {arXiv preprint arXiv:2210.17145},
   year    = {2022}
 }"""
-LICENSE_HELP = "apache-2.0 for a model trained from scratch, none for a fine-tuned one, whose base decides"
+LICENSE_HELP = (
+    "apache-2.0 for a timm architecture trained from scratch; else none, since what it was fine-tuned from decides"
+)
+UNKNOWN_DATA = "unknown data"  # of a Trainer, which is not told a name
 _OF_TIMM = (
     "model", "epochs", "batch_size", "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "amp", "smoothing",
     "mixup", "cutmix", "model_ema", "world_size", "seed",
@@ -82,10 +96,11 @@ def main(argv: list[str]) -> int:
 
 
 def write_run_card(folder: Path, license: str | None = None) -> Path:
-    """Write the card of a run of `gd-plugin train` as README.md into its folder, beside the record and the pictures.
+    """Write the card of a run as README.md into its folder, beside the record and the pictures.
 
     Args:
-        folder: holds ``record.json``; runs beside it on the same data are the ones it is compared with.
+        folder: of `gd-plugin train`, `gd-plugin timm` or a `GradientDecayTrainer`, with its ``record.json``; runs
+            beside it on the same data are the ones it is compared with.
         license: of the model, an identifier of the Hub.
 
     Raises:
@@ -118,20 +133,25 @@ def run_card(record: dict, siblings: list[dict], pictures: list[str], license: s
         pictures: files beside the card, named after what they show: ``curves.png``, ``reliability.png``.
         license: of the model, an identifier of the Hub.
     """
-    dataset = record["dataset"]
-    rows = [
-        [f"this model: {record['name']}" if r is record else r["name"], *_cells(r["final"])]
-        for r in (record, *siblings)
-    ]
-    note = (
-        f"{_number(dataset.get('test'))} samples of the split {markdown.code(dataset['tested_on'])}, after the last "
-        "epoch; one run each, so that differences may be chance. gap: confidence minus accuracy, positive is "
-        "overconfident."
-    )
-    if not any(family(r) == "fixed beta" and r["gd"]["beta"] == 1 for r in (record, *siblings)):
-        note += " **No cross-entropy baseline was trained beside it.**"
-    results = markdown.table(["run", *(title for title, *_ in _METRICS)], rows)
-    values = {key: record["final"].get(key) for _, key, *_ in _METRICS}
+    dataset, final = record["dataset"], record["final"]
+    best = record.get("best_step")
+    when = "after the last epoch" if best is None else f"of the best checkpoint, that of update {best}"
+    note = f"{_number(dataset.get('test'))} samples of the split {markdown.code(dataset['tested_on'])}, {when}"
+    note += "; one run each, so that differences may be chance. " if siblings else ". "
+    if any(key in final for _, key, *_ in _METRICS):
+        rows = [
+            [f"this model: {record['name']}" if r is record else r["name"], *_cells(r["final"])]
+            for r in (record, *siblings)
+        ]
+        results = markdown.table(["run", *(title for title, *_ in _METRICS)], rows)
+        note += "gap: confidence minus accuracy, positive is overconfident."
+        if not any(family(r) == "fixed beta" and r["gd"]["beta"] == 1 for r in (record, *siblings)):
+            note += " **No cross-entropy baseline was trained beside it.**"
+    elif final:  # several evaluation sets, or metrics of a user's own
+        results = markdown.table(["metric", "value"], [(k, "-" if v is None else f"{v:.6g}") for k, v in final.items()])
+    else:
+        results, note = "It was not evaluated.", ""
+    values = {key: final.get(key) for _, key, *_ in _METRICS}
     return _render(record, values, results, note, _temperature(record), pictures, [record["seed"]], license, use=True)
 
 
@@ -199,6 +219,7 @@ def _render(
         results=results,
         results_note=note,
         use=metadata.pipeline_tag if use else None,
+        by_timm=metadata.library_name == "timm",
         pictures=[(_PICTURES[Path(file).stem], file) for file in pictures],
         loss=_loss(record),
         hyperparameters=markdown.table(["setting", "value"], hyperparameters(record).items()),
@@ -219,9 +240,10 @@ def hyperparameters(record: dict) -> dict[str, Any]:
 
 
 def _comparable(other: dict, record: dict) -> bool:
-    """Trained and tested on as many samples of the same data."""
+    """Trained and tested on as many samples of the same data, if it is known which."""
     keys = ("name", "train", "test", "tested_on")
-    return all(other["dataset"].get(key) == record["dataset"].get(key) for key in keys)
+    same = all(other["dataset"].get(key) == record["dataset"].get(key) for key in keys)
+    return same and record["dataset"]["name"] != UNKNOWN_DATA
 
 
 def _number(samples: int | None) -> str:
@@ -235,8 +257,9 @@ def _short(model: str) -> str:
 def _metadata(record: dict, name: str, values: dict[str, float | None], license: str | None) -> ModelCardData:
     dataset, model, said = record["dataset"], record["model"]["name"], record.get("card") or {}
     task = said.get("task") or f"{dataset.get('kind', 'image')}-classification"
-    hub_name = model if "/" in model and ":" not in model else None
-    base = said.get("base_model") if said else hub_name  # the Trainer has looked whether it is a folder
+    base = model if "/" in model and ":" not in model else None
+    if said:  # by a Trainer, which has looked whether it is a folder
+        base = said.get("base_model")
     hub = dataset.get("hub") or ([dataset["name"]] if "/" in dataset["name"] else [])
     results = [
         EvalResult(
@@ -252,27 +275,39 @@ def _metadata(record: dict, name: str, values: dict[str, float | None], license:
         for title, key, _, _, kind in _METRICS
         if values.get(key) is not None
     ]
-    by_timm = model.startswith("timm:")
+    by_timm = model.startswith("timm:") or record["model"].get("type") == "timm_wrapper"
     tags = ["gradient-decay", "calibration", "arxiv:2210.17145", *(["timm", "transformers"] if by_timm else [])]
     return ModelCardData(
         language=said.get("language"),
-        license=license or said.get("license") or (None if base else "apache-2.0"),
-        library_name="timm" if by_timm else "transformers",  # which loads it; of a timm model both do
+        license=license or said.get("license") or ("apache-2.0" if _from_scratch(record) else None),
+        library_name=said.get("library") or ("timm" if by_timm else "transformers"),  # a timm model is loaded by both
         pipeline_tag=task,
         datasets=hub or None,
         base_model=base,
         tags=[*tags, *(tag for tag in said.get("tags") or () if tag not in tags)],
-        metrics=["accuracy"],
+        metrics=["accuracy"] if values.get("accuracy") is not None else None,
         model_name=name,
         eval_results=results,
     )
 
 
+def _from_scratch(record: dict) -> bool:
+    """Certainly: by gd-plugin's own commands, from an architecture of timm. The license of anybody else's weights, or
+    of those that a script began with, is not ours to say."""
+    config = record["config"]
+    begun = any(config.get(key) for key in ("pretrained", "initial_checkpoint", "pretrained_path"))
+    return record["model"]["name"].startswith("timm:") and not begun and not record.get("card")
+
+
 def _summary(record: dict) -> str:
     data, model = record["dataset"], record["model"]
+    how = "trained" if _from_scratch(record) or record.get("card") else "fine-tuned"
+    if base := (record.get("card") or {}).get("base_model"):
+        how = f"fine-tuned from {markdown.code(base)}"
+    other = "another loss for comparison with " if family(record) == "other loss" else ""
     return (
-        f"{markdown.code(model['name'])} ({model['parameters']:,} weights), trained on {markdown.code(data['name'])} "
-        f"({_number(data.get('train'))} samples) with the gradient-decay softmax cross-entropy of "
+        f"{markdown.code(model['name'])} ({model['parameters']:,} weights), {how} on {markdown.code(data['name'])} "
+        f"({_number(data.get('train'))} samples) with {other}the gradient-decay softmax cross-entropy of "
         "[arXiv 2210.17145](https://arxiv.org/abs/2210.17145) as implemented by `gd_plugin`."
     )
 
@@ -298,6 +333,11 @@ def _temperature(record: dict) -> str:
     if not calibrated:
         return "No temperature was fitted."
     t = calibrated["temperature"]
+    if not is_useful(t["temperature"]):
+        return (
+            f"The temperature fitted to the validation split is {t['temperature']:.4g}: the logits say next to nothing "
+            "there, or are all but certain. It is not stored."
+        )
     if t["temperature"] == 1:
         return "Every sample of the validation split is right, which leaves no temperature to fit: it is 1."
     return (
@@ -322,7 +362,7 @@ def _reproduce(record: dict, seeds: list[int]) -> str:
         ("date", record["created"]),
     ]
     # Indented: no backtick of a flag's value ends it.
-    return f"    {markdown.one_line(record['command'])}\n\n" + markdown.table(["", ""], rows)
+    return f"    {markdown.one_line(record['command'])}\n\n" + markdown.table(["of the run", "value"], rows)
 
 
 def _cells(final: dict) -> list[str]:

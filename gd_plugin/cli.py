@@ -35,6 +35,12 @@ Several processes:
 Without a launcher:
   GD_BETA=5 python PATH/TO/train.py ... --device-modules gd_plugin.timm_hook
 """
+_AFTER_A_KILL = {
+    "train": "go on from the last checkpoint, if there is one, with --resume",
+    "timm": "go on from the last checkpoint, if there is one, with timm's --resume",
+    "study": "give the command again, and it goes on after the last whole run",
+    "push": "give the command again, and it goes on",
+}
 # Top-level modules that come with the extra `hf`.
 _OF_EXTRA_HF = ("transformers", "accelerate", "datasets", "matplotlib", "PIL", "rich", "sklearn", "torchvision")
 
@@ -58,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _fail(_missing_package(error))
     except KeyboardInterrupt:
-        print("gd-plugin: killed; go on from the last checkpoint, if there is one, with --resume", file=sys.stderr)
+        print(f"gd-plugin: killed; {_AFTER_A_KILL.get(argv[0], 'give the command again')}", file=sys.stderr)
         return 130
 
 
@@ -69,6 +75,9 @@ def _train(argv: list[str]) -> int:
         job = train.prepare(argv, recipes_folder())
     except ValueError as error:
         return _fail(str(error))
+    except train.PushError as error:
+        _fail(str(error))
+        return 1
     # From here on an exception that is not foreseen keeps its traceback.
     try:
         job.run()
@@ -79,7 +88,8 @@ def _train(argv: list[str]) -> int:
         _fail(str(error))
         return 1
     except train.PushError as error:
-        _fail(f"{error}; the trained models are kept, and --resume pushes them")
+        message = str(error).replace("give the command again", "give the command again with --resume")
+        _fail(f"{message}; the trained models are kept" + (", and --resume pushes them" * ("--resume" not in message)))
         return 1
     return 0
 

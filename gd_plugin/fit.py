@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from .arguments import Run
 from .baselines import BaselineLossFunc, baseline
-from .calibration import fit_temperature, fit_vector_scaling
+from .calibration import fit_temperature, fit_vector_scaling, is_useful
 from .data import ClassificationData, PreparedImages, augment, collate_images
 from .hf import GradientDecayTrainer
 from .hf_card import trainer_record
@@ -93,7 +93,8 @@ def fit(
     if data.has_test and test:  # fitted and tested on the same samples, calibration would show nothing
         _, validation = trainer.evaluate_and_keep(splits[1], "eval")
         calibrated = _calibrate(validation, test) if validation else None
-    if calibrated and save_model and args.process_index == 0:
+    useful = calibrated is not None and is_useful(calibrated["temperature"]["temperature"])
+    if useful and save_model and args.process_index == 0:
         trainer.model.config.gd_temperature = calibrated["temperature"]["temperature"]
         trainer.model.config.save_pretrained(run.folder)
     if tracer:

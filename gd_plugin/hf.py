@@ -343,6 +343,14 @@ class GradientDecayMixin:
             dataset_args=dataset_args,
         )
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # The arguments are pickled beside the weights, and pushed with them: without the token.
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The Trainer writes a card at the end alone; what a push in between shows would be without one, or a stale one.
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:

@@ -12,8 +12,9 @@ from datasets import NamedSplit
 from torch.utils.data import Dataset
 from transformers import Trainer
 from transformers.modelcard import TrainingSummary, extract_hyperparameters_from_trainer
+from transformers.trainer_pt_utils import get_model_param_count
 
-from .card import write_run_card
+from .card import UNKNOWN_DATA, write_run_card
 from .record import RECORD_FORMAT, environment, epochs_from_log, publishable, write_json
 
 __all__ = ["trainer_record", "write_trainer_card"]
@@ -28,31 +29,42 @@ def trainer_record(trainer: Trainer, started: float) -> dict[str, Any]:
     """
     log = list(trainer.state.log_history)
     epochs = epochs_from_log(log)
-    last = epochs[-1] if epochs else {}
+    last = epochs[-1].get("step") if epochs else None
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    if best is not None and best != last and any(epoch.get("step") == best for epoch in epochs):
+        last = best
+    else:
+        best = None
+    # Of all evaluation sets: each has an entry of its own at the same update.
+    final = {k: v for epoch in epochs if epoch.get("step") == last for k, v in epoch.items() if k.startswith("eval_")}
+    trained_for = sum(entry.get("train_runtime", 0.0) for entry in log)
     return {
         "format": RECORD_FORMAT,
         "name": Path(trainer.args.output_dir).resolve().name,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": Path(sys.argv[0]).name,  # a script's arguments may hold anything, also a password
+        # Without its arguments, which may hold anything, also a password.
+        "command": f"python {Path(sys.argv[0]).name}" + (" ..." if sys.argv[1:] else ""),
         "config": {key: publishable(value) for key, value in extract_hyperparameters_from_trainer(trainer).items()},
         "loss": "gd",
         "gd": trainer.gd_config.to_dict(),
         "seed": trainer.args.seed,
         **environment(),
-        "wall_time_s": round(time.time() - started, 1),
+        "wall_time_s": round(trained_for or time.time() - started, 1),
         "model": {
             "name": publishable(getattr(trainer.model.config, "_name_or_path", "") or type(trainer.model).__name__),
-            "parameters": sum(p.numel() for p in trainer.model.parameters()),
+            "type": getattr(trainer.model.config, "model_type", None),
+            "parameters": get_model_param_count(trainer.model),
         },
         "dataset": {
-            "name": "unknown data",
+            "name": UNKNOWN_DATA,
             "train": _length(trainer.train_dataset),
             "test": _length(trainer.eval_dataset),
             "tested_on": _split(trainer.eval_dataset),
         },
         "epochs": epochs,
         "log": [entry for entry in log if "loss" in entry],
-        "final": {key.removeprefix("eval_"): value for key, value in last.items() if key.startswith("eval_")},
+        "final": {key.removeprefix("eval_"): value for key, value in final.items()},
+        **({} if best is None else {"best_step": best}),
         "calibrated": None,
         "reliability": trainer.reliability,
     }
@@ -63,7 +75,12 @@ def write_trainer_card(trainer: Trainer, started: float, **said: Any) -> Path:
 
     Args:
         said: arguments of ``Trainer.create_model_card``. What is None is inferred as there.
+
+    Raises:
+        ValueError: a model without the ``config`` of transformers, from which the Trainer infers.
     """
+    if not hasattr(trainer.model, "config"):
+        raise ValueError(f"{type(trainer.model).__name__} has no config, and so no model card of a Trainer can be made")
     summary = TrainingSummary.from_trainer(trainer, **said)
     record, folder = trainer_record(trainer, started), Path(trainer.args.output_dir)
     if names := _listed(summary.dataset):
@@ -77,6 +94,7 @@ def write_trainer_card(trainer: Trainer, started: float, **said: Any) -> Path:
         "model_name": summary.model_name,
         "base_model": summary.finetuned_from or None,
         "task": next(iter(_listed(summary.tasks)), None),
+        "library": "peft" if hasattr(trainer.model, "peft_config") else None,
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "record.json", record)

@@ -17,6 +17,11 @@ from .data import ClassificationData
 
 __all__ = ["build_model"]
 
+_OF_THE_WEIGHTS = (
+    "tag", "label_names", "label_descriptions", "label_offset", "license", "description", "origin_url", "paper_name",
+    "paper_ids", "notes",
+)  # fmt: skip
+
 
 def build_model(args: ModelArguments, data: ClassificationData) -> tuple[Any, Any]:
     """(model, image processor or tokenizer) for the data's classes."""
@@ -47,6 +52,11 @@ def build_model(args: ModelArguments, data: ClassificationData) -> tuple[Any, An
         raise ValueError(f"--model {args.model} is not a model for {data.kind} classification: {reason}") from error
     if data.kind == "text":
         _make_batches_possible(model, processor)
+    if model.config.model_type == "timm_wrapper":
+        # What transformers keeps of the model that it was: its classes, and where its weights were from.
+        model.config.label_names = data.label_names
+        for key in _OF_THE_WEIGHTS:
+            model.config.pretrained_cfg.pop(key, None)
     return model, processor
 
 

@@ -40,9 +40,12 @@ _FILES = (
     "README.md", "config.json", *_WEIGHTS, "model-*.safetensors", "generation_config.json",
     "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template.jinja",
+    "adapter_config.json", "adapter_model.safetensors",
     "record.json", "curves.png", "curves.svg", "reliability.png", "reliability.svg",
 )  # fmt: skip
+_LAYERS = ("classifier", "first_conv", "fixed_input_size")  # what timm needs to load other classes or channels
 _MEANING = {
+    400: "it does not take the content; check --license and the card",
     401: "it does not know the token; make one that may write, and give it with `hf auth login` or as HF_TOKEN",
     403: "the token may not write there; make one that may, or choose another --repo_id",
     404: "there is no such user or organisation, or the token may not see it; check --repo_id",
@@ -149,7 +152,7 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         raise PushError("the Hub's answer cannot be read; nothing is lost, give the command again later") from error
     except (HTTPError, ConnectionError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        status = re.search(r"\b(401|403|413|429)\b", reason)
+        status = re.search(r"\b(401|403|413|429) [A-Z][a-z]+", reason)
         if status:  # of hf_xet, which knows no other error
             raise _answered(int(status[1]), repo_id, "") from error
         raise PushError(
@@ -158,7 +161,7 @@ def hub_errors(repo_id: str) -> Iterator[None]:
 
 
 def _answered(status: int, repo_id: str, said: str) -> PushError:
-    meaning = _MEANING.get(status, "nothing is lost; give the command again later")
+    meaning = _MEANING.get(status, "nothing is lost; wait, and give the command again")
     return PushError(f"the Hub answers {status} for {repo_id}: {meaning}" + (f" ({said})" if said else ""))
 
 
@@ -177,10 +180,19 @@ def _check_run(run: Path) -> dict:
         raise ValueError(f"{run} holds no record.json; give the folder of one finished run")
     record = read_record(run / "record.json")
     whole = (run / "config.json").is_file() and any((run / name).is_file() for name in _WEIGHTS)
-    if not whole and not (run / _TIMM_CHECKPOINT).is_file():
+    adapter = (run / "adapter_config.json").is_file() and (run / "adapter_model.safetensors").is_file()
+    if not whole and not adapter and not (run / _TIMM_CHECKPOINT).is_file():
         raise ValueError(
             f"{run} holds no model (config.json with model.safetensors, or timm's {_TIMM_CHECKPOINT}); let the run end"
         )
+    epochs, of = record["epochs"], record["config"].get("epochs")
+    if not whole and not adapter and of and (epochs[-1]["epoch"] if epochs else 0) < of:
+        raise ValueError(
+            f"{run} stopped after epoch {epochs[-1]['epoch'] if epochs else 0} of {of}; let it end (timm's --resume), "
+            "and push it then"
+        )
+    if record["config"].get("split_bn"):
+        raise ValueError(f"{run} was trained with --split-bn, whose second normalisation no loader of a model knows")
     return record
 
 
@@ -188,9 +200,12 @@ def _check_run(run: Path) -> dict:
 def _prepared(run: Path) -> Iterator[Path]:
     """The folder to upload: a run's own, or for a timm model one made of it."""
     record = _check_run(run)
-    config = run / "config.json"
-    trained_by_timm = not config.is_file()
-    if not trained_by_timm and json.loads(config.read_bytes()).get("model_type") != "timm_wrapper":
+    trained_by_timm = (run / _TIMM_CHECKPOINT).is_file()
+    config = (
+        {} if trained_by_timm or not (run / "config.json").is_file() else json.loads((run / "config.json").read_bytes())
+    )
+    in_one_file = (run / "model.safetensors").is_file()  # in several, timm loads nothing
+    if not trained_by_timm and (config.get("model_type") != "timm_wrapper" or not in_one_file):
         yield run
         return
     with tempfile.TemporaryDirectory() as name:
@@ -205,6 +220,8 @@ def _prepared(run: Path) -> Iterator[Path]:
             weights = load_file(run / "model.safetensors")
             weights = {key.removeprefix("timm_model."): value for key, value in weights.items()}
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+            config["pretrained_cfg"] = _layers(config["architecture"]) | (config.get("pretrained_cfg") or {})
+            write_json(folder / "config.json", config)
         yield folder
 
 
@@ -216,9 +233,10 @@ def _save_timm_model(run: Path, record: dict, folder: Path) -> None:
 
     settings = record["config"]
     options = dict(settings.get("model_kwargs") or {})
-    for option, setting in (("global_pool", "gp"), ("in_chans", "in_chans")):
-        if settings.get(setting):
-            options[option] = settings[setting]
+    names = (("global_pool", "gp"), ("in_chans", "in_chans"), ("bn_eps", "bn_eps"), ("bn_momentum", "bn_momentum"))
+    options |= {option: settings[name] for option, name in names if settings.get(name) is not None}
+    if settings.get("input_size"):  # as train.py
+        options.setdefault("in_chans", settings["input_size"][0])
     model = timm.create_model(settings["model"], num_classes=settings["num_classes"], **options)
     # Averaged on the CPU they are not what timm validates, and the record measures.
     averaged = bool(settings.get("model_ema")) and not settings.get("model_ema_force_cpu")
@@ -228,12 +246,25 @@ def _save_timm_model(run: Path, record: dict, folder: Path) -> None:
         model,
         str(folder),
         # Not the rest of pretrained_cfg, which says where the architecture's own weights are.
-        model_config={"num_classes": settings["num_classes"], "pretrained_cfg": data},
+        model_config={"num_classes": settings["num_classes"], "pretrained_cfg": data | _layers(settings["model"])},
         safe_serialization=True,
     )
     config = json.loads((folder / "config.json").read_bytes())
+    config["pretrained_cfg"].pop("tag", None)  # of weights that these are not
+    names = record["dataset"].get("label_names")
+    if names and len(names) == settings["num_classes"]:
+        config["label_names"] = names
     # Without the number of classes, which timm 1.0.31 puts there too: transformers would pass it on twice.
     write_json(folder / "config.json", config | {"model_args": options})
+
+
+def _layers(architecture: str) -> dict:
+    """Of timm's own description of an architecture, what does not depend on weights or on a size of images."""
+    import timm
+
+    described = timm.get_pretrained_cfg(architecture)
+    found = {key: getattr(described, key, None) for key in _LAYERS}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _show(folder: Path, repo_id: str) -> None:

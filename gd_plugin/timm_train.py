@@ -195,6 +195,7 @@ class TimmRun:
                 "name": publishable(args.dataset or Path(folder).name),
                 "train": samples,
                 "tested_on": args.val_split,
+                "label_names": _label_names(loader),
             },
             "model": {"name": f"timm:{args.model}", "parameters": sum(p.numel() for p in model.parameters())},
             "epochs": [],
@@ -341,6 +342,15 @@ def _smoothing(criterion: Any) -> float:
         f"the script trains with {name}, which the gradient-decay loss, a softmax, cannot take the place of; remove "
         "the flag that chooses it (--loss, --bce-loss, --jsd-loss)"
     )
+
+
+def _label_names(loader: Any) -> list[str] | None:
+    """Of the classes in their order, where timm's reader knows them."""
+    reader = getattr(loader.dataset, "reader", None)
+    if names := getattr(reader, "class_to_idx", None):  # folders of images
+        return [str(name) for name in sorted(names, key=names.get)]
+    features = getattr(getattr(reader, "dataset", None), "features", None) or {}
+    return getattr(features.get(getattr(reader, "label_key", None)), "names", None)
 
 
 def _plain(value: Any) -> Any:

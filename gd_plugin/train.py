@@ -16,9 +16,11 @@ import datasets
 import torch
 import transformers
 import yaml
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import DataCollatorWithPadding, TrainerCallback, default_data_collator
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import HubStrategy
@@ -33,7 +35,7 @@ from .folder import SETTINGS_FILE, check_folder, last_whole_checkpoint, remove_r
 from .hf import GradientDecayTrainingArguments, refuse_data_parallel, with_gd_prefix
 from .metrics import METRICS
 from .models import build_model
-from .push import PushError, check_token, push
+from .push import PushError, check_token, hub_errors, push
 from .record import publishable_words, read_record, write_atomic, write_json
 from .report import draw, print_table
 from .trace import find_head
@@ -56,6 +58,7 @@ def prepare(argv: list[str], recipes: Path) -> Job:
 
     Raises:
         ValueError: bad input, in one line that names the flag and what to do.
+        PushError: with --push_to_hub, the Hub refuses the token or the name.
     """
     runs, options = parse(argv, recipes)
     for run in runs:
@@ -66,6 +69,11 @@ def prepare(argv: list[str], recipes: Path) -> Job:
         refuse_data_parallel(run.args)
     console = Console(quiet=runs[0].args.process_index != 0, emoji=False)
     data, splits = load(runs, console)
+    for run in runs:
+        if run.args.push_to_hub and run.args.process_index == 0:
+            # The last of the checks, since it leaves something there: whether the token may write.
+            with hub_errors(run.args.hub_model_id):
+                HfApi().create_repo(run.args.hub_model_id, private=run.args.hub_private_repo, exist_ok=True)
     command = f"gd-plugin train {shlex.join(publishable_words(argv))}"
     return Job(runs, data, splits, Path(options.output_dir), options.overwrite, command, console)
 
@@ -190,7 +198,10 @@ class Job:
             card = run.folder / "README.md"
             if not card.is_file() or is_ours(card):
                 write_run_card(run.folder)
-            url = push(run.folder, _repository(run), run.args.hub_private_repo)
+            try:
+                url = push(run.folder, _repository(run), run.args.hub_private_repo)
+            except (ValueError, OSError) as error:
+                raise PushError(str(error)) from error
             self.console.print(f"{run.name}: {url}", soft_wrap=True, markup=False)
 
 
@@ -202,7 +213,10 @@ def _full_disk(folder: Path):
     except Interrupted:
         raise
     except Exception as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(folder).free < _LITTLE_SPACE:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        # Other libraries than Python's say it in a text of their own.
+        written = isinstance(error, (OSError, RuntimeError, SafetensorError))
+        if full or (written and shutil.disk_usage(folder).free < _LITTLE_SPACE):
             raise FullDisk(f"no space left for {folder}; make some, and go on with --resume") from error
         raise
 
@@ -224,11 +238,13 @@ def _check_push(run: Run, runs: int) -> None:
             f"--hub_model_id {args.hub_model_id}: {runs} runs would take each other's place there; leave it out, and "
             "each is named after its folder, or push one with gd-plugin push"
         )
+    args.hub_model_id = _repository(run)
 
 
 def _repository(run: Run) -> str:
-    """The Trainer's own choice."""
-    return run.args.hub_model_id or run.folder.resolve().name
+    """The output folder's name, as the Trainer's own choice; one of several runs has both names."""
+    folder = run.folder.resolve()
+    return run.args.hub_model_id or (f"{folder.parent.name}-{folder.name}" if run.of_several else folder.name)
 
 
 def _check_arguments(args: GradientDecayTrainingArguments) -> None:

@@ -124,6 +124,12 @@ def small():
 
 
 @pytest.fixture(scope="session")
+def learns():
+    """To be given after `small`, where the model is to know something."""
+    return ["--max_train_samples", "512", "--num_train_epochs", "4"]
+
+
+@pytest.fixture(scope="session")
 def bert(tmp_path_factory):
     """A folder with an untrained BERT of two layers and its tokenizer, which does not say how much BERT can read."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors

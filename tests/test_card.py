@@ -15,9 +15,9 @@ RUNS = {"cross-entropy": {"gd_beta": 1}, "warm-up": {"gd_beta": 5, "gd_beta_star
 
 
 @pytest.fixture(scope="module")
-def trained(train, small, tmp_path_factory):
+def trained(train, small, learns, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    train("--dataset", "digits", *small, "--runs", json.dumps(RUNS), output_dir=folder)
+    train("--dataset", "digits", *small, *learns, "--runs", json.dumps(RUNS), output_dir=folder)
     return folder
 
 
@@ -98,7 +98,8 @@ HOSTILE = "a|b <script>alert(1)</script> [x](http://e.example) `code` $\\frac$\n
 
 def test_hostile_text_stays_text(trained):
     record = copy.deepcopy(read_record(trained / "warm-up/record.json"))
-    record["name"] = record["dataset"]["name"] = record["model"]["name"] = record["command"] = HOSTILE
+    record["name"] = record["dataset"]["name"] = record["command"] = HOSTILE
+    record["model"]["name"] = f"timm:{HOSTILE}"
     record["config"] = {"dataset": HOSTILE, HOSTILE: "1"}
     card = ModelCard(run_card(record, [dict(record, name=HOSTILE)], ["curves.png"]))
     assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "image-classification"
@@ -109,6 +110,48 @@ def test_hostile_text_stays_text(trained):
     tables = [line for line in card.text.splitlines() if line.startswith("|")]
     widths = {len(re.findall(r"(?:\\.|[^|\\])+", line)) for line in tables}
     assert widths == {6, 2}
+
+
+def test_only_a_model_that_was_trained_from_scratch_has_a_license(trained):
+    """Of any other, whose weights it began with, the license is not known."""
+    record = read_record(trained / "warm-up/record.json")
+
+    def license_and_summary(**changed):
+        card = ModelCard(run_card(dict(record, **changed), [], []))
+        return card.data.license, card.text.split("## Results")[0]
+
+    license, summary = license_and_summary()
+    assert license == "apache-2.0" and ", trained on `digits`" in summary
+    for name in ("google/vit-base-patch16-224", "my-folder"):
+        license, summary = license_and_summary(model=dict(record["model"], name=name))
+        assert license is None and ", fine-tuned on `digits`" in summary
+    for key, value in (("pretrained", True), ("initial_checkpoint", "x.pth")):
+        assert license_and_summary(config=dict(record["config"], **{key: value}))[0] is None
+    said = {"base_model": None, "license": None}
+    assert license_and_summary(card=said)[0] is None
+    license, summary = license_and_summary(card=dict(said, base_model="google/vit"))
+    assert license is None and "fine-tuned from `google/vit` on" in summary
+    assert "another loss for comparison with the gradient-decay" in license_and_summary(loss="focal")[1]
+    assert "another loss" not in summary
+
+
+def test_a_run_without_these_metrics_shows_what_it_has(trained):
+    record = read_record(trained / "warm-up/record.json")
+    card = ModelCard(run_card(dict(record, final={}, calibrated=None), [], []))
+    assert "It was not evaluated." in card.text and not card.data.eval_results
+    final = {"loss": 1.25, "near_accuracy": 0.5, "far_nll": None}
+    card = ModelCard(run_card(dict(record, final=final, calibrated=None), [], []))
+    assert "| loss | 1.25 |\n| near\\_accuracy | 0.5 |\n| far\\_nll | - |" in card.text
+    assert "No cross-entropy baseline" not in card.text
+    assert "of the best checkpoint, that of update 8" in run_card(dict(record, best_step=8), [], [])
+
+
+@pytest.mark.parametrize("temperature", [2e5, 1e-3])
+def test_a_temperature_of_chance_is_called_so(trained, temperature):
+    record = copy.deepcopy(read_record(trained / "warm-up/record.json"))
+    assert "on request" in run_card(record, [], [])
+    record["calibrated"]["temperature"]["temperature"] = temperature
+    assert "It is not stored." in run_card(record, [], []) and "on request" not in run_card(record, [], [])
 
 
 def test_a_diverged_run_has_a_card(trained):
@@ -127,6 +170,16 @@ def test_runs_on_other_data_are_not_compared(trained, command, tmp_path):
             record["dataset"]["train"] += 1
         (tmp_path / name).mkdir()
         write_json(tmp_path / name / "record.json", record)
+    assert command("card", tmp_path / "warm-up").code == 0
+    assert "| cross-entropy |" not in (tmp_path / "warm-up/README.md").read_text()
+
+
+def test_runs_on_data_without_a_name_are_not_compared(trained, command, tmp_path):
+    """Two Trainer scripts side by side, each of which only knows how many samples it had."""
+    for name in RUNS:
+        record = read_record(trained / name / "record.json")
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "record.json", record | {"dataset": record["dataset"] | {"name": "unknown data"}})
     assert command("card", tmp_path / "warm-up").code == 0
     assert "| cross-entropy |" not in (tmp_path / "warm-up/README.md").read_text()
 

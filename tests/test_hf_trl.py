@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -22,7 +23,13 @@ class GradientDecaySFTTrainer(GradientDecayMixin, SFTTrainer):
     pass
 
 
-def train(trainer_class, folder, batch=8, accumulation=1, **kwargs):
+def train(*args, **kwargs):
+    trainer = make_trainer(*args, **kwargs)
+    trainer.train()
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), trainer.state.log_history
+
+
+def make_trainer(trainer_class, folder, batch=8, accumulation=1, saves="no", **kwargs):
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
@@ -37,15 +44,13 @@ def train(trainer_class, folder, batch=8, accumulation=1, **kwargs):
     args = SFTConfig(
         str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, report_to="none",
         num_train_epochs=1, logging_steps=1, learning_rate=0.01, max_grad_norm=0.0, optim="sgd", bf16=False,
-        use_cpu=True, save_strategy="no", eval_strategy="epoch", disable_tqdm=True,
+        use_cpu=True, save_strategy=saves, eval_strategy="epoch", disable_tqdm=True,
         loss_type="nll",  # the one that keeps the logits
     )  # fmt: skip
     data = Dataset.from_dict(DATA)
-    trainer = trainer_class(
+    return trainer_class(
         model=model, args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer, **kwargs
     )
-    trainer.train()
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), trainer.state.log_history
 
 
 def test_sft_trainer(tmp_path):
@@ -66,3 +71,13 @@ def test_sft_trainer(tmp_path):
     assert entry["gd_beta"] == 5.0 and 0 < entry["cross_entropy"] < entry["loss"]
     evaluated = next(entry for entry in log if "eval_loss" in entry)
     assert evaluated["eval_loss"] == pytest.approx(entry["cross_entropy"], rel=0.1)
+
+
+def test_a_trainer_that_writes_a_card_with_every_checkpoint_writes_ours(tmp_path):
+    config = GradientDecayConfig(beta=5.0)
+    trainer = make_trainer(GradientDecaySFTTrainer, tmp_path / "sft", saves="epoch", gd_config=config)
+    trainer.train()
+    card = ModelCard.load(tmp_path / "sft/README.md")
+    assert "beta is 5.0 throughout" in card.text and card.data.pipeline_tag == "text-generation"
+    trainer.create_model_card(model_name="mine", dataset_name="me/text")
+    assert ModelCard.load(tmp_path / "sft/README.md").data.datasets == ["me/text"]

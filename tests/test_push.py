@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import ViTForImageClassification, pipeline
 from gd_plugin import apply_temperature
 from gd_plugin.cli import main
 from gd_plugin.hf import GradientDecayTrainer, GradientDecayTrainingArguments
-from gd_plugin.record import read_record
+from gd_plugin.record import read_record, write_json
 from gd_plugin.timm import has_loss_factory
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,7 @@ for name, kind, size in json.loads(sys.argv[1]):
         AutoImageProcessor.from_pretrained(name)
         result[name] = model.eval()(pixels).logits.tolist()
     if "timm" in kind:
+        assert timm.create_model("hf_hub:" + name, pretrained=True, num_classes=5)  # for other data
         with torch.no_grad():
             result["timm " + name] = timm.create_model("hf_hub:" + name, pretrained=True).eval()(pixels).tolist()
 print(json.dumps(result))
@@ -56,7 +58,7 @@ def hub(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def runs(train, small, vit, bert, tmp_path_factory):
+def runs(train, small, learns, vit, bert, tmp_path_factory):
     """A finished run of a timm architecture, of a transformers one and of a language model."""
     folder = tmp_path_factory.mktemp("runs")
     text = tmp_path_factory.mktemp("text")
@@ -65,8 +67,8 @@ def runs(train, small, vit, bert, tmp_path_factory):
         rows = [{"text": f"{words[i % 4]} film", "label": "np"[i % 4 < 2]} for i in range(count)]
         (text / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shared = small[small.index("32") + 1 :]  # without its model
-    train("--dataset", "digits", *small, "--gd_beta", 5, output_dir=folder / "timm")
-    train("--dataset", "digits", "--model", vit, *shared, output_dir=folder / "vit")
+    train("--dataset", "digits", *small, *learns, "--gd_beta", 5, output_dir=folder / "timm")
+    train("--dataset", "digits", "--model", vit, *shared, *learns, output_dir=folder / "vit")
     train("--dataset", text, "--model", bert, *shared, output_dir=folder / "bert")
     return folder
 
@@ -122,6 +124,10 @@ def test_what_is_pushed_loads_and_predicts_the_same(hub, runs, by_timm, command,
     assert {"tester/timm", "timm tester/timm", "timm tester/train.py", "tester/vit", "tester/bert"} <= loaded.keys()
     a, b = (torch.tensor(loaded[f"timm tester/{name}"]) for name in ("timm", "train.py"))
     assert (a - b).abs().max() > 1e-3
+    for name in ("timm", "train.py"):
+        config = json.loads(hub.repos[f"tester/{name}"].files["config.json"])
+        assert "tag" not in config["pretrained_cfg"] and config["pretrained_cfg"]["classifier"]
+        assert config["label_names"] == [str(digit) for digit in range(10)]
 
 
 def load(hub, wanted, tmp_path):
@@ -151,6 +157,43 @@ def logits(folder, kind, size):
     return AutoModelForImageClassification.from_pretrained(folder).eval()(pixels).logits
 
 
+def test_a_run_of_timm_that_is_not_finished_is_not_pushed(hub, by_timm, command, tmp_path):
+    folder = shutil.copytree(by_timm, tmp_path / "run")
+    record = read_record(folder / "record.json")
+    for change, message in (
+        ({"epochs": []}, f"{folder} stopped after epoch 0 of {record['config']['epochs']}; let it end"),
+        ({"config": record["config"] | {"split_bn": True}}, f"{folder} was trained with --split-bn, whose second"),
+    ):
+        write_json(folder / "record.json", record | change)
+        code, _, err = command("push", folder, "--repo_id", "tester/x")
+        assert (code, err.count("\n")) == (2, 1) and message in err
+    assert not hub.requests
+
+
+def test_what_timm_was_told_of_the_model_goes_with_it(hub, by_timm, command, tmp_path):
+    """--bn-eps changes what the network computes, and --input-size how many channels it has."""
+    import timm
+
+    folder = shutil.copytree(by_timm, tmp_path / "run")
+    changed = {"model": "test_efficientnet", "model_kwargs": {}, "bn_eps": 0.5, "input_size": [1, 32, 32]}
+    record = read_record(folder / "record.json")
+    write_json(folder / "record.json", record | {"config": record["config"] | changed})
+    options = {"num_classes": record["config"]["num_classes"], "in_chans": 1}
+    right = timm.create_model("test_efficientnet", bn_eps=0.5, **options).eval()
+    torch.save({"state_dict": right.state_dict()}, folder / "last.pth.tar")
+    wrong = timm.create_model("test_efficientnet", checkpoint_path=str(folder / "last.pth.tar"), **options).eval()
+
+    assert command("push", folder, "--repo_id", "tester/grey").code == 0
+    pushed = tmp_path / "pushed"
+    pushed.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (pushed / name).write_bytes(hub.repos["tester/grey"].files[name])
+    loaded = timm.create_model(f"local-dir:{pushed}", pretrained=True).eval()
+    pixels = torch.rand(2, 1, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels), right(pixels)) and not torch.equal(loaded(pixels), wrong(pixels))
+
+
 def test_dry_run_shows_what_goes_and_asks_nobody(hub, run, command, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     outcome = command("push", run, "--repo_id", "tester/digits", "--dry_run")
@@ -173,6 +216,9 @@ def test_a_card_of_ones_own_is_kept(hub, run, command):
     (run / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
     assert command("push", run, "--repo_id", "tester/digits").code == 0
     assert hub.repos["tester/digits"].files["README.md"] == b"---\nlicense: mit\n---\n# Mine\n"
+    code, _, err = command("push", run, "--repo_id", "tester/digits", "--license", "apache-2.0")
+    assert (code, err.count("\n")) == (2, 1) and "is not one of gd-plugin's; set the license in it" in err
+    assert (run / "README.md").read_text() == "---\nlicense: mit\n---\n# Mine\n"
 
 
 SAYS = {
@@ -181,7 +227,8 @@ SAYS = {
     409: "something else was pushed there at the same time, or is there under the same name; give the command again",
     413: "a file is larger than it takes",
     429: "it is asked too often; wait some minutes and give the command again",
-    500: "nothing is lost; give the command again later",
+    400: "it does not take the content; check --license and the card",
+    500: "nothing is lost; wait, and give the command again",
 }
 
 
@@ -297,11 +344,34 @@ def test_a_push_that_fails_keeps_the_models_and_goes_on(hub, command, small, tmp
     hub.fail("/commit/", 500)
     words = ["--dataset", "digits", *small, "--push_to_hub", "--hub_strategy", "end", "--output_dir", folder]
     code, _, err = command("train", *words)
-    assert code == 1 and err.endswith("the trained models are kept, and --resume pushes them\n")
+    assert code == 1 and "give the command again with --resume" in err
+    assert err.endswith("; the trained models are kept\n")
     record = (folder / "record.json").read_bytes()
     hub.heal()
     assert command("train", *words, "--resume").code == 0
     assert hub.repos["tester/digits-5"].files["record.json"] == record
+
+
+def test_a_run_that_is_interrupted_is_pushed_when_it_is_whole(hub, train, command, small, tmp_path, monkeypatch):
+    from transformers import TrainerCallback
+
+    from gd_plugin import fit
+
+    folder = tmp_path / "digits-5"
+    words = ["--dataset", "digits", *small, "--push_to_hub", "--save_strategy", "epoch", "--num_train_epochs", 2]
+
+    class Stop(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fit, "_SaveAfterEvaluation", Stop)
+        assert command("train", *words, "--output_dir", folder).code == 130
+    assert set(hub.repos["tester/digits-5"].files) <= {".gitattributes", ".gitignore"}
+    train(*words, "--resume", output_dir=folder)
+    repo = hub.repos["tester/digits-5"]
+    assert repo.files["record.json"] == (folder / "record.json").read_bytes()
+    assert {"README.md", "model.safetensors", *PICTURES} <= set(repo.files)
 
 
 def test_the_trainers_own_card(hub, tmp_path, vit):
@@ -335,8 +405,88 @@ def test_the_trainers_own_card(hub, tmp_path, vit):
     assert len(cards) >= 3 and all("beta goes from 0.01 to 5.0" in card for card in cards)
 
 
+def trainer_of(model, folder, trainer_class=GradientDecayTrainer, eval_dataset=None, **arguments):
+    from datasets import Dataset
+
+    samples = [{"pixel_values": torch.randn(3, 16, 16).tolist(), "labels": i % 3} for i in range(16)]
+    data = Dataset.from_list(samples).with_format("torch")
+    args = GradientDecayTrainingArguments(
+        str(folder), gd_beta=5.0, num_train_epochs=2, use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=1,
+        **arguments,
+    )  # fmt: skip
+    return trainer_class(model=model, args=args, train_dataset=data, eval_dataset=eval_dataset or data)
+
+
+def test_a_token_among_the_arguments_stays_at_home(hub, tmp_path, vit, monkeypatch):
+    """The Trainer pickles its arguments beside the weights and pushes them."""
+    monkeypatch.delenv("HF_TOKEN")
+    model = ViTForImageClassification.from_pretrained(vit)
+    trainer = trainer_of(model, tmp_path / "mine", push_to_hub=True, hub_token=hub.token, save_strategy="epoch")
+    trainer.train()
+    trainer.push_to_hub()
+    assert trainer.args.hub_token == hub.token and "training_args.bin" in hub.repos["tester/mine"].files
+    with zipfile.ZipFile(tmp_path / "mine/training_args.bin") as pickled:
+        assert b"hub_token" in pickled.read(next(n for n in pickled.namelist() if n.endswith("data.pkl")))
+    assert_no_token(hub, tmp_path / "mine")
+    torch.save(trainer.args, tmp_path / "mine/control.bin")
+    with pytest.raises(AssertionError):
+        assert_no_token(hub, tmp_path / "mine")
+
+
+def test_a_card_of_several_evaluations_and_of_the_best_checkpoint(tmp_path, vit):
+    trainer = trainer_of(
+        ViTForImageClassification.from_pretrained(vit), tmp_path / "sets", eval_strategy="epoch", learning_rate=0.0
+    )
+    trainer.eval_dataset = {"near": trainer.train_dataset, "far": trainer.train_dataset}
+    trainer.train()
+    trainer.create_model_card()
+    record = read_record(tmp_path / "sets/record.json")
+    assert {"near_nll", "far_nll"} <= record["final"].keys()
+    text = (tmp_path / "sets/README.md").read_text()
+    assert f"| near\\_nll | {record['final']['near_nll']:.6g} |" in text
+    assert 0 < record["wall_time_s"] == pytest.approx(trainer.state.log_history[-1]["train_runtime"], abs=0.1)
+
+    trainer = trainer_of(
+        ViTForImageClassification.from_pretrained(vit), tmp_path / "best", eval_strategy="epoch", save_strategy="epoch",
+        load_best_model_at_end=True, metric_for_best_model="nll", greater_is_better=True, learning_rate=1.0,
+    )  # fmt: skip
+    trainer.train()
+    trainer.create_model_card()
+    record = read_record(tmp_path / "best/record.json")
+    logged = [entry["eval_nll"] for entry in trainer.state.log_history if "eval_nll" in entry]
+    assert record["final"]["nll"] == logged[0] > logged[1]
+    assert f"of the best checkpoint, that of update {record['best_step']}" in (tmp_path / "best/README.md").read_text()
+
+    trainer = trainer_of(ViTForImageClassification.from_pretrained(vit), tmp_path / "none", max_steps=1)
+    trainer.train()
+    trainer.create_model_card()
+    assert "It was not evaluated." in (tmp_path / "none/README.md").read_text()
+
+
+def test_the_names_of_runs_of_several_say_of_what(hub, command, small, tmp_path):
+    runs = json.dumps({"a": {"gd_beta": 1}, "b": {"gd_beta": 5}})
+    words = ["--dataset", "digits", *small, "--push_to_hub", "--runs", runs, "--output_dir", tmp_path / "digits"]
+    assert command("train", *words).code == 0
+    assert {"tester/digits-a", "tester/digits-b"} == set(hub.repos)
+
+
+def test_a_token_that_may_not_write_is_noticed_before_training(hub, command, small, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    folder = tmp_path / "digits"
+    words = ["--dataset", "digits", *small, "--push_to_hub", "--output_dir", folder]
+    code, _, err = command("train", *words)
+    assert (code, err.count("\n")) == (1, 1) and err.startswith("gd-plugin: error: the Hub answers 401 for digits")
+    assert "trained models" not in err and not folder.exists()
+
+
 def assert_no_token(hub, folder):
-    everything = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    everything = []
+    for path in folder.rglob("*"):
+        if zipfile.is_zipfile(path):  # as torch.save writes
+            with zipfile.ZipFile(path) as parts:
+                everything += [parts.read(name) for name in parts.namelist()]
+        elif path.is_file():
+            everything.append(path.read_bytes())
     everything += [content for repo in hub.repos.values() for content in repo.files.values()]
     assert len(everything) > 5 and not any(hub.token.encode() in content for content in everything)
 

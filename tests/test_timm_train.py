@@ -454,7 +454,13 @@ def test_record(script, shared, digits):
     assert str(done.folder.parent) not in (done.folder / "record.json").read_text()
     settings = record["config"]
     assert (settings["loss"], settings["gd_beta"], settings["model"], settings["lr"]) == ("gd", 5.0, "test_vit", 0.05)
-    assert record["dataset"] == {"name": digits.name, "train": 64, "test": 41, "tested_on": "validation"}
+    assert record["dataset"] == {
+        "name": digits.name,
+        "train": 64,
+        "test": 41,
+        "tested_on": "validation",
+        "label_names": [str(digit) for digit in range(10)],
+    }
     assert len(record["epochs"]) == len(summary) == 2
     for index, (epoch, row) in enumerate(zip(record["epochs"], summary, strict=True)):
         assert (epoch.pop("epoch"), epoch.pop("step")) == (index + 1, 4 * (index + 1))
