@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from .config import GradientDecayConfig
 from .hf import GradientDecayTrainingArguments
+from .reading import load_json, load_yaml
 
 __all__ = ["DATASET_HELP", "DataArguments", "ModelArguments", "Run", "RunArguments", "json_mapping", "parse"]
 
@@ -282,9 +282,9 @@ def _read_recipe(path: Path, parser: _Parser) -> list[str]:
     words = []
     for file in (defaults, path) if defaults.is_file() and path.name != "defaults.yaml" else (path,):
         try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not a YAML file: {' '.join(str(error).split())}") from error
+            values = load_yaml(file.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{file} is not a YAML file: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{file} must map flags to values, such as `dataset: digits`")
         words += _flags(values, parser, str(file))
@@ -316,7 +316,7 @@ def _flags(values: dict[str, Any], parser: _Parser, where: str) -> list[str]:
 
 def json_mapping(flag: str, text: str) -> dict:
     try:
-        value = json.loads(text)
+        value = load_json(text)
     except ValueError as error:
         raise ValueError(f"--{flag} is not JSON ({error}): {text[:80]}") from None
     if not isinstance(value, dict) or (flag in ("runs", "study") and not value):

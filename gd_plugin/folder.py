@@ -9,9 +9,8 @@ import re
 import shutil
 from pathlib import Path
 
-import yaml
-
 from .arguments import Run
+from .reading import load_yaml
 from .record import TRACE_FILE, read_record
 
 __all__ = ["SETTINGS_FILE", "check_folder", "check_writable", "last_whole_checkpoint", "remove_run"]
@@ -46,8 +45,8 @@ def check_folder(run: Run, options: argparse.Namespace) -> None:
     if record_path.exists():
         read_record(record_path)
     try:
-        before = yaml.safe_load(settings_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        before = load_yaml(settings_path.read_bytes())
+    except (OSError, ValueError):
         before = None
     if not isinstance(before, dict):
         raise ValueError(f"{settings_path} is missing or damaged, so the run cannot be resumed; use --overwrite")
