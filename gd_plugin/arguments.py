@@ -47,6 +47,9 @@ DEFAULTS = {
 NOT_SETTINGS = ("output_dir", "overwrite", "resume", "runs", "study", "methods", "hub_token", "push_to_hub",
                 "hub_model_id", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision")  # fmt: skip
 PARENT_FOLDER = {"runs": "runs", "study": "studies"}
+# Of TrainingArguments, which reads what begins with a brace as JSON, and does not say which flag is wrong.
+_JSON_FLAGS = ("accelerator_config", "fsdp_config", "deepspeed", "activation_checkpointing_kwargs",
+               "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")  # fmt: skip
 _MAX_FOLDER_NAME = 100  # characters of a run's folder; file systems take 255 bytes
 
 
@@ -193,8 +196,12 @@ def parse(argv: list[str], recipes: Path, grid: str = "runs") -> tuple[list[Run]
     options = parser.parse_args(words)
     if options.overwrite and options.resume:
         raise ValueError("--overwrite and --resume contradict each other; keep one")
+    if options.output_dir == "":
+        raise ValueError("--output_dir is empty; name a folder, or leave it out")
     if options.output_dir == parser.get_default("output_dir"):
-        options.output_dir = str(Path(PARENT_FOLDER[grid]) / (recipe_name or Path(str(options.dataset)).name))
+        # A data set `..` or a recipe `...yaml` must not lead out of the folder of all runs.
+        name = recipe_name or Path(str(options.dataset)).name
+        options.output_dir = str(Path(PARENT_FOLDER[grid]) / (name.strip(".") or "run"))
 
     given = getattr(options, grid)
     if given is None and grid == "study":
@@ -227,14 +234,20 @@ def parse(argv: list[str], recipes: Path, grid: str = "runs") -> tuple[list[Run]
 def parse_one(name: str | None, words: list[str], parser: _Parser | None = None) -> Run:
     """The run that these words, of which no recipe is part any more, ask for; without a name, one after its loss."""
     parser = parser or _Parser()
-    data, model, what, args = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    given = vars(parser.parse_args(words))
+    for flag in _JSON_FLAGS:
+        if str(given.get(flag)).startswith("{"):
+            json_mapping(flag, given[flag])
+    try:
+        data, model, what, args = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}; one of the Trainer's flags is wrong") from error
     if model.loss != "gd" and (args.gd_config != GradientDecayConfig() or args.label_smoothing_factor):
         raise ValueError(
             f"--loss {model.loss} knows neither the gd_ flags nor label_smoothing_factor; remove them, or use --loss gd"
         )
     defaults = vars(parser.parse_args([]))
-    values = vars(parser.parse_args(words)).items()
-    settings = {k: v for k, v in values if v != defaults[k] and k not in NOT_SETTINGS}
+    settings = {k: v for k, v in given.items() if v != defaults[k] and k not in NOT_SETTINGS}
     return Run(name or _describe(args, model), args, settings, data, model, what.trace_samples, words)
 
 

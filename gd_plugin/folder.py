@@ -20,7 +20,14 @@ SETTINGS_FILE = "args.yaml"  # what the run was asked for, itself a recipe
 
 def check_writable(folder: Path) -> None:
     """Raise ``ValueError`` unless ``folder``, which need not exist, can be made and written to."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        os.fspath(folder).encode()
+        if "\0" in os.fspath(folder):
+            raise ValueError("embedded null byte")
+    except (OSError, ValueError) as error:  # a name that no file system takes
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"--output_dir {str(folder)[:80]}: {reason}; give another name") from None
     if not existing.is_dir():
         raise ValueError(f"--output_dir {folder}: {existing} is a file; give a folder")
     if not os.access(existing, os.W_OK):
