@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
 
 
 def _read(folder: Path) -> Traced:
-    record = read_record(folder / "record.json")
+    record = read_record(folder / "record.json", ("gd.beta", "gd.beta_start"))
     beta = record["gd"]["beta"]
     fixed = family(record) == "fixed beta" and isinstance(beta, float)
     return Traced(record["name"], beta if fixed else math.nan, fixed, record["seed"], read_trace(folder))

@@ -15,6 +15,8 @@ from .record import STUDY_FILE, read_record
 
 __all__ = ["draw", "main", "print_table"]
 
+_NEEDED = ("dataset.name", "dataset.tested_on")  # of a record
+
 
 def main(argv: list[str]) -> int:
     """Run ``gd-plugin report`` with the words after the command, and return its exit code.
@@ -59,13 +61,15 @@ def main(argv: list[str]) -> int:
     for folder in (folder for run in options.runs for folder in _folders(run)):
         once.setdefault(folder.resolve(), folder)
     folders = list(once.values())
-    records = [read_record(folder / "record.json") for folder in folders]
+    records = [read_record(folder / "record.json", _NEEDED) for folder in folders]
     output_dir = options.output_dir
     if len(records) > 1 and not output_dir:
         parents = {folder.resolve().parent for folder in folders}
         if len(parents) > 1:
             raise ValueError("these runs lie in different folders: say with --output_dir where their pictures go")
         output_dir = parents.pop()
+    if output_dir and output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir} is a file; give a folder")
     for folder, record in zip(folders, records, strict=True):
         draw([record], folder, console, options.format)
     if output_dir:
