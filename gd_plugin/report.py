@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .parser import Parser
 from .plots import plot_curves, plot_reliability
 from .record import STUDY_FILE, read_record
+from .terminal import Console
 
 __all__ = ["draw", "main", "print_table"]
 

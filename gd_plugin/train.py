@@ -18,7 +18,6 @@ import transformers
 import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from rich.console import Console
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, default_data_collator, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import HubStrategy
@@ -36,6 +35,7 @@ from .models import build_model
 from .push import PushError, check_token, push
 from .record import publishable_words, read_record, write_atomic, write_json
 from .report import draw, print_table
+from .terminal import Console
 from .trace import find_head
 
 __all__ = ["FullDisk", "Interrupted", "Job", "PushError", "check_runs", "load", "prepare"]
