@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from .config import GradientDecayConfig
 from .hf import GradientDecayTrainingArguments
+from .reading import load_json, load_yaml
 
 __all__ = ["DATASET_HELP", "DataArguments", "ModelArguments", "Run", "RunArguments", "json_mapping", "parse"]
 
@@ -47,6 +47,9 @@ DEFAULTS = {
 NOT_SETTINGS = ("output_dir", "overwrite", "resume", "runs", "study", "methods", "hub_token", "push_to_hub",
                 "hub_model_id", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision")  # fmt: skip
 PARENT_FOLDER = {"runs": "runs", "study": "studies"}
+# Of TrainingArguments, which reads what begins with a brace as JSON, and does not say which flag is wrong.
+_JSON_FLAGS = ("accelerator_config", "fsdp_config", "deepspeed", "activation_checkpointing_kwargs",
+               "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")  # fmt: skip
 _MAX_FOLDER_NAME = 100  # characters of a run's folder; file systems take 255 bytes
 
 
@@ -194,8 +197,12 @@ def parse(argv: list[str], recipes: Path, grid: str = "runs") -> tuple[list[Run]
     options = parser.parse_args(words)
     if options.overwrite and options.resume:
         raise ValueError("--overwrite and --resume contradict each other; keep one")
+    if options.output_dir == "":
+        raise ValueError("--output_dir is empty; name a folder, or leave it out")
     if options.output_dir == parser.get_default("output_dir"):
-        options.output_dir = str(Path(PARENT_FOLDER[grid]) / (recipe_name or Path(str(options.dataset)).name))
+        # A data set `..` or a recipe `...yaml` must not lead out of the folder of all runs.
+        name = recipe_name or Path(str(options.dataset)).name
+        options.output_dir = str(Path(PARENT_FOLDER[grid]) / (name.strip(".") or "run"))
 
     given = getattr(options, grid)
     if given is None and grid == "study":
@@ -228,14 +235,20 @@ def parse(argv: list[str], recipes: Path, grid: str = "runs") -> tuple[list[Run]
 def parse_one(name: str | None, words: list[str], parser: _Parser | None = None) -> Run:
     """The run that these words, of which no recipe is part any more, ask for; without a name, one after its loss."""
     parser = parser or _Parser()
-    data, model, what, args = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    given = vars(parser.parse_args(words))
+    for flag in _JSON_FLAGS:
+        if str(given.get(flag)).startswith("{"):
+            json_mapping(flag, given[flag])
+    try:
+        data, model, what, args = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}; one of the Trainer's flags is wrong") from error
     if model.loss != "gd" and (args.gd_config != GradientDecayConfig() or args.label_smoothing_factor):
         raise ValueError(
             f"--loss {model.loss} knows neither the gd_ flags nor label_smoothing_factor; remove them, or use --loss gd"
         )
     defaults = vars(parser.parse_args([]))
-    values = vars(parser.parse_args(words)).items()
-    settings = {k: v for k, v in values if v != defaults[k] and k not in NOT_SETTINGS}
+    settings = {k: v for k, v in given.items() if v != defaults[k] and k not in NOT_SETTINGS}
     several = name is not None
     return Run(name or _describe(args, model), args, settings, data, model, what.trace_samples, words, several)
 
@@ -284,9 +297,9 @@ def _read_recipe(path: Path, parser: _Parser) -> list[str]:
     words = []
     for file in (defaults, path) if defaults.is_file() and path.name != "defaults.yaml" else (path,):
         try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not a YAML file: {' '.join(str(error).split())}") from error
+            values = load_yaml(file.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{file} is not a YAML file: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{file} must map flags to values, such as `dataset: digits`")
         words += _flags(values, parser, str(file))
@@ -318,7 +331,7 @@ def _flags(values: dict[str, Any], parser: _Parser, where: str) -> list[str]:
 
 def json_mapping(flag: str, text: str) -> dict:
     try:
-        value = json.loads(text)
+        value = load_json(text)
     except ValueError as error:
         raise ValueError(f"--{flag} is not JSON ({error}): {text[:80]}") from None
     if not isinstance(value, dict) or (flag in ("runs", "study") and not value):

@@ -42,6 +42,12 @@ _OF_TIMM = (
     "model", "epochs", "batch_size", "grad_accum_steps", "opt", "lr", "weight_decay", "sched", "amp", "smoothing",
     "mixup", "cutmix", "model_ema", "world_size", "seed",
 )  # fmt: skip
+_NEEDED = (
+    *(f"dataset.{key}" for key in ("name", "tested_on")), *(f"model.{key}" for key in ("name", "parameters")),
+    *(f"gd.{key}" for key in ("beta", "beta_start", "schedule", "warmup_ratio", "warmup_steps", "warmup_epochs")),
+    *(f"hardware.{key}" for key in ("cpu", "gpu", "torch_threads")),
+    "versions", "python", "commit", "created", "command",
+)  # fmt: skip
 _MARK = "<!-- written by gd-plugin card -->"
 _TEMPLATE = Path(__file__).parent / "card.md.jinja"
 _PICTURES = {
@@ -106,12 +112,12 @@ def write_run_card(folder: Path, license: str | None = None) -> Path:
     Raises:
         ValueError, OSError: there is no record, or it cannot be read.
     """
-    record = read_record(folder / "record.json")
+    record = read_record(folder / "record.json", _NEEDED)
     siblings = []
     for path in sorted(folder.parent.glob("*/record.json")):
         with contextlib.suppress(ValueError):  # another program's file of that name
             if path.parent != folder:
-                siblings.append(read_record(path))
+                siblings.append(read_record(path, _NEEDED))
     siblings = [other for other in siblings if _comparable(other, record)]
     pictures = [f"{name}.png" for name in _PICTURES if (folder / f"{name}.png").is_file()]
     path = folder / "README.md"

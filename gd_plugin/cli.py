@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from . import __version__
+from .markdown import one_line
 
 USAGE = f"""gd-plugin {__version__}: gradient-decay softmax cross-entropy (arXiv 2210.17145)
 
@@ -189,5 +190,5 @@ def _missing_package(error: ImportError) -> str:
 
 
 def _fail(message: str) -> int:
-    print(f"gd-plugin: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"gd-plugin: error: {one_line(message)}", file=sys.stderr)
     return 2

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from .reading import load_json, load_yaml
+
 __all__ = ["SCHEDULES", "GradientDecayConfig", "rename_fields"]
 
 SCHEDULES = ("constant", "linear", "geometric", "cosine")
@@ -177,9 +179,8 @@ class GradientDecayConfig:
         """Read what `save` wrote, by the same rule. Raises ``ValueError`` naming the file for anything else."""
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
-            return cls.from_dict(yaml.safe_load(text) if _is_yaml(path) else json.loads(text))
-        except (yaml.YAMLError, ValueError) as error:
+            return cls.from_dict((load_yaml if _is_yaml(path) else load_json)(path.read_bytes()))
+        except ValueError as error:
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 

@@ -126,10 +126,13 @@ class PreparedImages(torch.utils.data.Dataset):
     def _prepare(self, index: int) -> torch.Tensor:
         try:
             # RGB also where the data are grey: it is what the pipelines of transformers feed the trained model.
-            image = self.split.inputs[index]["input"].convert("RGB")
+            image = self.split.inputs[index]["input"]
+            if image is None:
+                raise ValueError("there is none")
+            image = image.convert("RGB")
         except IndexError:  # the end of an iteration
             raise
-        except Exception as error:  # any that a plugin of Pillow raises; and None, where there is no image, ends here
+        except Exception as error:  # any that a plugin of Pillow raises
             raise ValueError(f"image {index} of the data set cannot be decoded: {error}") from error
         return self.processor(image, return_tensors="pt")["pixel_values"][0]
 

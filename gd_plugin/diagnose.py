@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from rich.console import Console
 from scipy import stats
 
 from .parser import Parser
-from .plots import layout, legend, line_style, save
+from .plots import layout, legend, line_style, save, wrap
 from .record import family, read_record, write_json
+from .terminal import Console
 from .trace import read_trace
 
 __all__ = ["main"]
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
 
 
 def _read(folder: Path) -> Traced:
-    record = read_record(folder / "record.json")
+    record = read_record(folder / "record.json", ("gd.beta", "gd.beta_start"))
     beta = record["gd"]["beta"]
     fixed = family(record) == "fixed beta" and isinstance(beta, float)
     return Traced(record["name"], beta if fixed else math.nan, fixed, record["seed"], read_trace(folder))
@@ -155,7 +155,7 @@ def _features(runs: list[Traced], path: Path) -> dict:
         }
     figure = Figure(figsize=(8.4, 1.2 + 0.45 * len(runs)), layout=layout())
     axes = figure.add_subplot()
-    axes.barh([run.name for run in runs], [numbers[run.name]["ratio"] for run in runs], color="#0072B2")
+    axes.barh([wrap(run.name) for run in runs], [numbers[run.name]["ratio"] for run in runs], color="#0072B2")
     axes.invert_yaxis()
     axes.set_title(
         "Distance to the own class's mean / distance to the nearest class's mean (lower is better)", fontsize=10.5

@@ -9,9 +9,8 @@ import re
 import shutil
 from pathlib import Path
 
-import yaml
-
 from .arguments import Run
+from .reading import load_yaml
 from .record import TRACE_FILE, read_record
 
 __all__ = ["SETTINGS_FILE", "check_folder", "check_writable", "last_whole_checkpoint", "remove_run"]
@@ -21,7 +20,14 @@ SETTINGS_FILE = "args.yaml"  # what the run was asked for, itself a recipe
 
 def check_writable(folder: Path) -> None:
     """Raise ``ValueError`` unless ``folder``, which need not exist, can be made and written to."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        os.fspath(folder).encode()
+        if "\0" in os.fspath(folder):
+            raise ValueError("embedded null byte")
+    except (OSError, ValueError) as error:  # a name that no file system takes
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"--output_dir {str(folder)[:80]}: {reason}; give another name") from None
     if not existing.is_dir():
         raise ValueError(f"--output_dir {folder}: {existing} is a file; give a folder")
     if not os.access(existing, os.W_OK):
@@ -46,8 +52,8 @@ def check_folder(run: Run, options: argparse.Namespace) -> None:
     if record_path.exists():
         read_record(record_path)
     try:
-        before = yaml.safe_load(settings_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        before = load_yaml(settings_path.read_bytes())
+    except (OSError, ValueError):
         before = None
     if not isinstance(before, dict):
         raise ValueError(f"{settings_path} is missing or damaged, so the run cannot be resumed; use --overwrite")

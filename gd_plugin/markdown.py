@@ -1,15 +1,24 @@
-"""Other people's text in Markdown: names of labels, methods and data sets come from elsewhere."""
+"""Other people's text, in Markdown and elsewhere: names of labels, methods and data sets come from elsewhere."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-__all__ = ["code", "one_line", "plain", "table"]
+__all__ = ["code", "one_line", "plain", "table", "visible"]
+
+
+# What moves a terminal's cursor, colours it, or turns the direction of the text that follows; and half of a character.
+_INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """The text with a sign in place of every character that is not shown but acts; lines stay lines."""
+    return _INVISIBLE.sub("\ufffd", text)
 
 
 def one_line(text: object) -> str:
-    return " ".join(str(text).split())
+    return visible(" ".join(str(text).split()))
 
 
 def plain(text: object) -> str:

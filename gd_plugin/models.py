@@ -17,6 +17,7 @@ from .data import ClassificationData
 
 __all__ = ["build_model"]
 
+_MAX_IMAGE_SIZE = 8192
 _OF_THE_WEIGHTS = (
     "tag", "label_names", "label_descriptions", "label_offset", "license", "description", "origin_url", "paper_name",
     "paper_ids", "notes",
@@ -29,6 +30,8 @@ def build_model(args: ModelArguments, data: ClassificationData) -> tuple[Any, An
         raise ValueError("no model: give --model, a local folder, a Hub name, or timm:ARCHITECTURE")
     if args.image_size is not None and args.image_size < 1:
         raise ValueError(f"--image_size must be at least 1, got {args.image_size}")
+    if args.image_size is not None and args.image_size > _MAX_IMAGE_SIZE:  # one picture of it would fill the memory
+        raise ValueError(f"--image_size must be at most {_MAX_IMAGE_SIZE}, got {args.image_size}")
     labels = dict(enumerate(data.label_names))
     classes = {"num_labels": len(labels), "id2label": labels, "label2id": {name: i for i, name in labels.items()}}
     if args.model.startswith("timm:"):

@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
+from .markdown import one_line
 from .record import write_atomic
 
 __all__ = ["plot_curves", "plot_reliability"]
@@ -201,8 +202,8 @@ def percent(value: float, _) -> str:
 
 
 def wrap(name: str, width: int = 40) -> str:
-    """A name of any length, in lines of so many characters."""
-    return "\n".join(textwrap.wrap(name, width))
+    """A name of any length, in lines of so many characters, of which the picture has room for some."""
+    return "\n".join(textwrap.wrap(one_line(name), width, max_lines=8, placeholder=" ..."))
 
 
 def legend(figure: Figure, handles: list, labels: list[str]) -> None:

@@ -22,7 +22,6 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
@@ -30,6 +29,7 @@ from .card import LICENSE_HELP, is_ours, write_run_card
 from .parser import Parser
 from .record import STUDY_FILE, read_record, write_json
 from .report import draw
+from .terminal import Console
 
 __all__ = ["PushError", "check_token", "hub_errors", "main", "push"]
 

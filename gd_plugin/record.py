@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from . import __version__, shape
+from .reading import load_json
 
 __all__ = [
     "RECORD_FORMAT",
@@ -170,30 +171,42 @@ def publishable(value: Any) -> Any:
     return (Path(value).name or value) if value.startswith("~") or Path(value).is_absolute() else value
 
 
-def read_record(path: str | os.PathLike) -> dict:
+def read_record(path: str | os.PathLike, also: tuple[str, ...] = ()) -> dict:
     """Read a record and check that it is one.
+
+    Args:
+        also: what the caller needs of it and not every record has: ``"gd"``, ``"dataset.name"``.
 
     Raises:
         ValueError: not a record, or one of another format; one line that names the file and the remedy.
         OSError: the file cannot be read.
     """
     try:
-        record = json.loads(Path(path).read_bytes())
+        record = load_json(Path(path).read_bytes())
     except ValueError as error:  # also text that is not UTF-8
         raise ValueError(f"{path}: not JSON ({error}); give the record that a training run wrote") from None
     if not isinstance(record, dict):
         raise ValueError(f"{path}: not a record but a JSON {type(record).__name__}; give one run's record per file")
     if "format" not in record:
         raise ValueError(f"{path}: not a record, it has no 'format'; give the record that a training run wrote")
-    if record["format"] != RECORD_FORMAT:
+    if record["format"] != RECORD_FORMAT or isinstance(record["format"], bool):
         raise ValueError(
             f"{path}: record of format {record['format']!r}, this version reads {RECORD_FORMAT}; "
             "repeat the run with this version, or read it with the version that wrote it"
         )
+    wrong = shape.problem(record, shape.RECORD)
+    if wrong:
+        raise ValueError(f"{path}: not a record as a run writes it: {wrong}; repeat the run")
     missing = [key for key in _REQUIRED if key not in record]
+    missing = missing or [key for key in also if not _has(record, key)]
     if missing:
         raise ValueError(f"{path}: the record lacks {', '.join(missing)}; it was edited or cut short, repeat the run")
     return record
+
+
+def _has(record: dict, key: str) -> bool:
+    part, _, rest = key.partition(".")
+    return part in record and (not rest or _has(record[part], rest))
 
 
 def _finite(obj):

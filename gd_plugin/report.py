@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .parser import Parser
 from .plots import plot_curves, plot_reliability
 from .record import STUDY_FILE, read_record
+from .terminal import Console
 
 __all__ = ["draw", "main", "print_table"]
+
+_NEEDED = ("dataset.name", "dataset.tested_on")  # of a record
 
 
 def main(argv: list[str]) -> int:
@@ -59,13 +61,15 @@ def main(argv: list[str]) -> int:
     for folder in (folder for run in options.runs for folder in _folders(run)):
         once.setdefault(folder.resolve(), folder)
     folders = list(once.values())
-    records = [read_record(folder / "record.json") for folder in folders]
+    records = [read_record(folder / "record.json", _NEEDED) for folder in folders]
     output_dir = options.output_dir
     if len(records) > 1 and not output_dir:
         parents = {folder.resolve().parent for folder in folders}
         if len(parents) > 1:
             raise ValueError("these runs lie in different folders: say with --output_dir where their pictures go")
         output_dir = parents.pop()
+    if output_dir and output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir} is a file; give a folder")
     for folder, record in zip(folders, records, strict=True):
         draw([record], folder, console, options.format)
     if output_dir:

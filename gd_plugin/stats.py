@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from . import shape
+from .reading import load_json
 from .record import RECORD_FORMAT, STUDY_FILE, family, read_record
 
+_NEEDED = ("gd.beta", "gd.beta_start", "dataset.name", "dataset.tested_on", "dataset.train", "dataset.test")
 __all__ = ["COLUMNS", "Method", "StudyResults", "Summary", "read_study"]
 
 
@@ -115,13 +117,15 @@ def read_study(folder: Path) -> StudyResults:
     """
     path = folder / STUDY_FILE
     try:
-        asked = json.loads(path.read_bytes())
-        names, seeds = list(asked["methods"]), list(asked["seeds"])
+        asked = load_json(path.read_bytes())
+        if wrong := shape.problem(asked, shape.STUDY, "it"):
+            raise ValueError(wrong)
+        names, seeds = asked["methods"], asked["seeds"]
         if not names:
             raise ValueError("it names no method")
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no {STUDY_FILE}; give the output folder of gd-plugin study") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}: {error}); give the study's command again"
         ) from None
@@ -131,7 +135,7 @@ def read_study(folder: Path) -> StudyResults:
     found: dict[str, dict[int, dict]] = {name: {} for name in names}
     for seed in seeds:
         for file in sorted((folder / f"seed-{seed}").glob("*.json")):
-            record = read_record(file)
+            record = read_record(file, _NEEDED)
             if record["name"] in found:
                 if record["seed"] != seed:
                     raise ValueError(f"{file} is of seed {record['seed']}; it was moved, move it back")

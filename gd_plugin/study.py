@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .arguments import Run, parse, parse_one
@@ -34,6 +33,7 @@ from .folder import check_writable
 from .parser import Parser
 from .record import RECORD_FORMAT, STUDY_FILE, json_text, publishable, publishable_words, read_record, write_json
 from .study_report import report
+from .terminal import Console
 from .train import check_runs, load
 
 __all__ = ["Study", "prepare"]

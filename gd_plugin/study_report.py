@@ -10,15 +10,15 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .markdown import code, one_line, plain
+from .markdown import code, one_line, plain, visible
 from .markdown import table as markdown_table
 from .record import write_atomic
 from .stats import COLUMNS, Method, StudyResults, Summary, read_study
 from .study_plots import plot_accuracy_ece, plot_loss, plot_study_reliability, plot_warmup
+from .terminal import Console
 
 __all__ = ["csv_table", "difference", "markdown_tables", "mean_and_sd", "report"]
 
@@ -207,21 +207,23 @@ def _print(study: StudyResults, console: Console) -> None:
         console.print(note, soft_wrap=True, markup=False)
 
 
+def _escaped(text: str) -> str:
+    return html.escape(visible(text))
+
+
 def _page(study: StudyResults, pictures: dict[str, Path]) -> str:
     """One file without anything outside it: it can be mailed, and opened without a network."""
-    title = html.escape(f"{study.dataset}: beta of the gradient-decay loss")
+    title = _escaped(f"{study.dataset}: beta of the gradient-decay loss")
     body = [f"<h1>{title}</h1>"]
-    body += [f"<p>{html.escape(note)}</p>" for note in _notes(study)]
+    body += [f"<p>{_escaped(note)}</p>" for note in _notes(study)]
     for name, head, rows in _tables(study):
-        cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-        lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-        body.append(f"<h2>{html.escape(name)}</h2><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>")
+        cells = "".join(f"<th>{_escaped(cell)}</th>" for cell in head)
+        lines = "".join("<tr>" + "".join(f"<td>{_escaped(c)}</td>" for c in row) + "</tr>" for row in rows)
+        body.append(f"<h2>{_escaped(name)}</h2><table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>")
     for name, path in pictures.items():
         kind = "svg+xml" if path.suffix == ".svg" else "png"
         data = base64.b64encode(path.read_bytes()).decode()
-        body.append(
-            f'<h2>{html.escape(name)}</h2><img alt="{html.escape(name)}" src="data:image/{kind};base64,{data}">'
-        )
+        body.append(f'<h2>{_escaped(name)}</h2><img alt="{_escaped(name)}" src="data:image/{kind};base64,{data}">')
     return _HTML.format(title=title, body="\n".join(body))
 
 

@@ -22,6 +22,7 @@ import timm
 from packaging.version import Version
 
 from .config import GradientDecayConfig, rename_fields
+from .reading import load_yaml
 from .record import publishable_words
 from .timm import LOSS_TYPE, has_loss_factory, register, unregister
 from .timm_options import FIELDS, UsageError, refuse, value_of
@@ -53,6 +54,7 @@ def launch(argv: list[str]) -> int:
         raise UsageError("gd-plugin timm is running already; start it once, with timm's train.py")
     path, words = Path(argv[0]), argv[1:]
     source = _read(path)
+    _check_config_file(words)
     with _script(path, source, words) as script:
         _add_arguments(script.parser)
         script._parse_args = _parsing(script, f"{_program()} {shlex.join(publishable_words(argv))}")
@@ -112,6 +114,26 @@ def _read(path: Path) -> str:
             f"take the script of the installed version, git checkout v{timm.__version__}"
         )
     return source
+
+
+def _check_config_file(words: list[str]) -> None:
+    """That of --config can be read: the script would end in a traceback."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config")
+    try:
+        name = parser.parse_known_args(words)[0].config
+    except (argparse.ArgumentError, SystemExit):  # without a value, which the script tells
+        return
+    if not name:
+        return
+    try:
+        values = load_yaml(Path(name).read_bytes())
+    except OSError as error:
+        raise UsageError(f"--config {name}: {error.strerror}; give a YAML file") from None
+    except ValueError as error:
+        raise UsageError(f"--config {name} is not a YAML file: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UsageError(f"--config {name} must map the script's options to values, such as `epochs: 10`")
 
 
 def _imports(tree: ast.Module) -> list[str]:

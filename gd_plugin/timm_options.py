@@ -9,6 +9,7 @@ from argparse import Namespace
 from typing import Any
 
 from .config import GradientDecayConfig
+from .markdown import one_line
 from .metrics import METRICS
 
 __all__ = ["FIELDS", "UsageError", "refuse", "say", "value_of"]
@@ -23,7 +24,7 @@ class UsageError(Exception):
 def say(error: UsageError, prefix: str = "gd-plugin") -> None:
     """The error on stderr, once and not per process of torchrun: all of them meet it."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"{prefix}: error: {error}", file=sys.stderr)
+        print(f"{prefix}: error: {one_line(error)}", file=sys.stderr)
 
 
 def value_of(field: str, text: Any, shown: str) -> Any:

@@ -19,9 +19,8 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from rich.console import Console
 from safetensors import SafetensorError
-from transformers import DataCollatorWithPadding, TrainerCallback, default_data_collator
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, default_data_collator, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import HubStrategy
 
@@ -38,11 +37,21 @@ from .models import build_model
 from .push import PushError, check_token, hub_errors, push
 from .record import publishable_words, read_record, write_atomic, write_json
 from .report import draw, print_table
+from .terminal import Console
 from .trace import find_head
 
 __all__ = ["FullDisk", "Interrupted", "Job", "PushError", "check_runs", "load", "prepare"]
 
 _LITTLE_SPACE = 2**20  # bytes; less than any checkpoint takes
+_AT_LEAST_1 = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+# Flags that must be numbers from 0 to below this one; None is as good as no flag.
+_NUMBERS = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon"), math.inf),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), 1),
+    **dict.fromkeys(("seed", "data_seed"), 2**32),  # numpy's
+    **dict.fromkeys((*_AT_LEAST_1, "dataloader_num_workers", "logging_steps", "save_steps", "eval_steps"), 2**31),
+}
+_NEED_A_MODEL = ("lomo", "galore", "apollo")  # optimizers that are made for its layers
 
 
 class FullDisk(Exception):
@@ -249,11 +258,23 @@ def _repository(run: Run) -> str:
 
 def _check_arguments(args: GradientDecayTrainingArguments) -> None:
     """What `TrainingArguments` accepts and the Trainer stumbles over."""
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+    for name in _AT_LEAST_1:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if not 0 <= args.learning_rate < math.inf:
-        raise ValueError(f"--learning_rate must not be negative, got {args.learning_rate}")
+    for name, below in _NUMBERS.items():
+        value = getattr(args, name)
+        if value is None:
+            continue
+        if not math.isfinite(value):
+            raise ValueError(f"--{name} must be finite, got {value}")
+        if value < 0:
+            raise ValueError(f"--{name} must not be negative, got {value}")
+        if value >= below:
+            raise ValueError(f"--{name} must be less than {below}, got {value}")
+    if args.save_strategy == "steps" and not args.save_steps:
+        raise ValueError("--save_steps must be greater than 0 with --save_strategy steps, got 0")
+    if not 0 <= args.label_smoothing_factor <= 1:
+        raise ValueError(f"--label_smoothing_factor must be in [0, 1], got {args.label_smoothing_factor}")
     if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
         raise ValueError(f"--num_train_epochs must be greater than 0, got {args.num_train_epochs}")
     if args.dataloader_persistent_workers:
@@ -269,6 +290,24 @@ def _check_arguments(args: GradientDecayTrainingArguments) -> None:
             callback()
     except (ImportError, RuntimeError, ValueError) as error:
         raise ValueError(f"--report_to {' '.join(args.report_to)}: {error}") from error
+    _check_optimizer(args)
+
+
+def _check_optimizer(args: GradientDecayTrainingArguments) -> None:
+    """Optimizer and schedule for one number: the Trainer makes them when there are files in the folder already."""
+    if any(name in str(args.optim) for name in _NEED_A_MODEL):
+        return
+    flags = ("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs")
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+            return  # a function that wants the whole model
+        optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, args.lr_scheduler_kwargs or {})
+    except (AttributeError, TypeError, ValueError) as error:
+        given = [f"--{name} {getattr(getattr(args, name), 'value', getattr(args, name))}"
+                 for name in flags if getattr(args, name)]  # fmt: skip
+        raise ValueError(f"{', '.join(given)}: {type(error).__name__}: {error}") from error
 
 
 def _check_model(model: torch.nn.Module, processor, split: torch.utils.data.Dataset, name: str) -> None:

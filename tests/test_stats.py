@@ -502,10 +502,10 @@ def test_no_study(tmp_path):
     [
         ("{", "JSONDecodeError: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
         ("", "JSONDecodeError: Expecting value: line 1 column 1 (char 0)"),
-        ("[1]", "TypeError: list indices must be integers or slices, not str"),
+        ("[1]", "ValueError: it is [1], not a mapping"),
         ("{}", "KeyError: 'methods'"),
         ('{"format": 1, "methods": ["a"]}', "KeyError: 'seeds'"),
-        ('{"format": 1, "methods": 5, "seeds": [0]}', "TypeError: 'int' object is not iterable"),
+        ('{"format": 1, "methods": 5, "seeds": [0]}', "ValueError: it.methods is 5, not a list"),
         ('{"format": 1, "methods": [], "seeds": [0]}', "ValueError: it names no method"),
     ],
 )
