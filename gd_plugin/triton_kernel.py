@@ -72,18 +72,17 @@ def _backward(
     out += row * out_stride
     index = tl.load(target + row)
     of_row = tl.load(grad + row)
-    # An ignored row is not read. Whatever it holds, even NaN, its gradient is 0.
-    counts = of_row != 0
+    # A row that does not count, as an ignored one, is not read again: its gradient is 0 whatever it holds.
+    to_read = tl.where(of_row == 0, 0, num_classes)
     highest = tl.load(top + row)
     scale = (of_row / tl.load(total + row)).to(tl.float32)
     minus_grad = -of_row.to(tl.float32)
     for start in range(0, num_classes, BLOCK):
         classes = start + tl.arange(0, BLOCK)
-        inside = classes < num_classes
-        z = tl.load(logits + classes, mask=inside & counts, other=float("-inf")).to(tl.float32)
+        z = tl.load(logits + classes, mask=classes < to_read, other=float("-inf")).to(tl.float32)
         value = tl.where(classes == index, minus_grad, _exp(z - highest) * scale)
-        value = tl.where(counts, value, 0.0)
-        tl.store(out + classes, value.to(out.dtype.element_ty), mask=inside)
+        value = tl.where(classes < to_read, value, 0.0)
+        tl.store(out + classes, value.to(out.dtype.element_ty), mask=classes < num_classes)
 
 
 def target_gap(rows: Tensor, target: Tensor) -> Tensor:
