@@ -65,6 +65,7 @@ def errors(logits, target, beta, loss=gradient_decay_cross_entropy, **kwargs):
 
 
 def bars(dtype):
+    # For bf16 that is twice what a GPU needs: the interpreter cuts off instead of rounding to the nearest.
     return BOUND, BOUND if dtype == torch.float32 else torch.finfo(dtype).eps
 
 
