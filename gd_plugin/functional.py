@@ -15,7 +15,10 @@ What belongs to a sample (one number, not one per class) is kept in fp64.
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -25,6 +28,7 @@ from torch import Tensor
 __all__ = ["gradient_decay_cross_entropy"]
 
 _BLOCK = 2**18  # logits on a CPU that are worked on at once: 1 MiB in fp32
+_KERNELS_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"  # as the tests of the kernels have it
 
 
 def gradient_decay_cross_entropy(
@@ -199,10 +203,7 @@ class _TargetGap(torch.autograd.Function):
         if torch.is_grad_enabled():
             shares = _others(logits, target, ctx.dim).softmax(ctx.dim)
             total = shares.sum(ctx.dim)
-        scale = (grad / total).to(shares.dtype).unsqueeze(ctx.dim)
-        minus_grad = -grad.to(shares.dtype).unsqueeze(ctx.dim)
-        grad_logits = (shares * scale).scatter_(ctx.dim, target.unsqueeze(ctx.dim), minus_grad)
-        return grad_logits.to(logits.dtype), None, None
+        return _gap_gradient(grad, shares, total, target, ctx.dim).to(logits.dtype), None, None
 
 
 class _EagerTargetGap(torch.autograd.Function):
@@ -230,7 +231,34 @@ def target_gap(logits: Tensor, target: Tensor, dim: int = 1) -> Tensor:
     """
     if _is_distributed(logits):
         return _ShardedTargetGap.apply(logits.to_local(), target, dim, *_class_shard(logits, dim))
-    return (_EagerTargetGap if _is_eager() else _TargetGap).apply(logits, target, dim)[0]
+    if not _is_eager():
+        return _TargetGap.apply(logits, target, dim)[0]  # which the compiler fuses
+    if (rows := _rows_for_kernel(logits, dim)) is not None:
+        return _kernels().target_gap(rows, target.reshape(-1)).reshape(target.shape)
+    return _EagerTargetGap.apply(logits, target, dim)[0]
+
+
+def _gap_gradient(grad: Tensor, shares: Tensor, total: Tensor, target: Tensor, dim: int) -> Tensor:
+    """The gradient of the gaps times ``grad``, from the shares of the other classes, which add up to ``total``."""
+    scale = (grad / total).to(shares.dtype).unsqueeze(dim)
+    minus_grad = -grad.to(shares.dtype).unsqueeze(dim)
+    return (shares * scale).scatter_(dim, target.unsqueeze(dim), minus_grad)
+
+
+def _rows_for_kernel(logits: Tensor, dim: int) -> Tensor | None:
+    """The logits as (N, C) where the Triton kernels can work on them: on a GPU, where Triton is installed."""
+    if (logits.is_cuda or _KERNELS_ON_CPU) and (kernels := _kernels()) is not None:
+        return kernels.as_rows(logits, dim)
+    return None
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    try:
+        from . import triton_kernel
+    except ImportError:
+        return None
+    return triton_kernel
 
 
 class _ShardedTargetGap(torch.autograd.Function):
@@ -359,6 +387,11 @@ def gradient_in_place(
     log_beta = _of_class(_log_beta(beta, logits.device), index)
     scale = torch.ones_like(index, dtype=_row_dtype(logits.device)) if weight is None else _of_class(weight, index)
     scale = scale.to(_row_dtype(logits.device)).masked_fill(ignored, 0.0)
+    if _rows_for_kernel(logits, 1) is not None:
+        gap, top, total = _kernels().row_numbers(logits, index)
+        slope = ((gap - log_beta).sigmoid() * scale).masked_fill(ignored, 0.0)
+        _kernels().write_gradient(logits, index, slope, top, total, out=logits)
+        return (_log_add(gap, log_beta) * scale).masked_fill(ignored, 0.0)
     losses = []
     on_cpu = logits.device.type == "cpu"
     rows = max(1, _BLOCK // logits.shape[1]) if on_cpu else max(1, len(logits))
