@@ -265,11 +265,11 @@ def _check_arguments(args: GradientDecayTrainingArguments) -> None:
         value = getattr(args, name)
         if value is None:
             continue
-        if not math.isfinite(value):
+        if not math.isfinite(value) and not (name == "max_grad_norm" and value == math.inf):  # which clips nothing
             raise ValueError(f"--{name} must be finite, got {value}")
         if value < 0:
             raise ValueError(f"--{name} must not be negative, got {value}")
-        if value >= below:
+        if value >= below and value != math.inf:
             raise ValueError(f"--{name} must be less than {below}, got {value}")
     if args.save_strategy == "steps" and not args.save_steps:
         raise ValueError("--save_steps must be greater than 0 with --save_strategy steps, got 0")
