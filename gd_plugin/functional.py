@@ -21,7 +21,6 @@ import os
 from types import ModuleType
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -94,7 +93,9 @@ def gradient_decay_cross_entropy(
     _check(input, target, beta, weight, ignore_index, reduction, label_smoothing, dim, soft)
     if _is_distributed(input):
         target, beta, weight = _whole(target), _whole(beta), _whole(weight)
-        if soft or label_smoothing > 0 or _class_shard(input, dim) is None:
+        from .sharded import class_shard
+
+        if soft or label_smoothing > 0 or class_shard(input, dim) is None:
             input = _whole(input)
     log_beta = _log_beta(beta, input.device)
 
@@ -230,7 +231,9 @@ def target_gap(logits: Tensor, target: Tensor, dim: int = 1) -> Tensor:
         About the lowest fp32 number where no other class has a finite logit, +inf where the target's logit is -inf.
     """
     if _is_distributed(logits):
-        return _ShardedTargetGap.apply(logits.to_local(), target, dim, *_class_shard(logits, dim))
+        from . import sharded
+
+        return sharded.target_gap(logits, target, dim)
     if not _is_eager():
         return _TargetGap.apply(logits, target, dim)[0]  # which the compiler fuses
     if (rows := _rows_for_kernel(logits, dim)) is not None:
@@ -261,44 +264,6 @@ def _kernels() -> ModuleType | None:
     return triton_kernel
 
 
-class _ShardedTargetGap(torch.autograd.Function):
-    """`_TargetGap` of logits of which every process has some classes: the largest one, their sum and the target's are
-    exchanged. ``logits``: this process's, from class ``first`` of ``num_classes`` on."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, target: Tensor, dim: int, first: int, num_classes: int, group) -> Tensor:
-        ctx.dim, ctx.dtype = dim, logits.dtype
-        _of_class(target.new_zeros(1).expand(num_classes), target)  # refuses an index outside the classes
-        index = (target - first).unsqueeze(dim)
-        here = (index >= 0) & (index < logits.shape[dim])
-        index = index.masked_fill(~here, 0)  # where the target is elsewhere, any class, which is put back
-        others = logits.to(_compute_dtype(logits))
-        of_target = others.gather(dim, index)
-        others = others.scatter(dim, index, of_target.masked_fill(here, torch.finfo(others.dtype).min))
-
-        top = others.amax(dim, keepdim=True)
-        dist.all_reduce(top, dist.ReduceOp.MAX, group)
-        shares = (others - top).exp()
-        sums = torch.cat([shares.sum(dim, keepdim=True), of_target.masked_fill(~here, 0.0)], dim)
-        sums = sums.to(_row_dtype(logits.device))
-        dist.all_reduce(sums, dist.ReduceOp.SUM, group)
-        total, of_target = sums.split(1, dim)
-        ctx.save_for_backward(shares.div_(total.to(shares.dtype)), index, here)
-        return (top.to(sums.dtype) - of_target + total.log()).squeeze(dim)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the gradient-decay loss of sharded logits is not differentiable twice: give it logits.full_tensor()"
-            )
-        shares, index, here = ctx.saved_tensors
-        grad = grad.to(shares.dtype).unsqueeze(ctx.dim)
-        grad_logits = shares * grad
-        of_target = torch.where(here, -grad, grad_logits.gather(ctx.dim, index))
-        return grad_logits.scatter_(ctx.dim, index, of_target).to(ctx.dtype), *[None] * 5
-
-
 def _is_distributed(tensor: Tensor | float | None) -> bool:
     """Whether it is a DTensor, whose module takes a second to import."""
     return type(tensor) is not Tensor and hasattr(tensor, "full_tensor")
@@ -306,19 +271,6 @@ def _is_distributed(tensor: Tensor | float | None) -> bool:
 
 def _whole(tensor: Tensor | float | None) -> Tensor | float | None:
     return tensor.full_tensor() if _is_distributed(tensor) else tensor
-
-
-def _class_shard(logits: Tensor, dim: int) -> tuple[int, int, dist.ProcessGroup] | None:
-    """This process's first class, the number of classes and the group that shares them, where every process of one mesh
-    dimension has some and the other dimensions do not shard anything."""
-    sharded = [axis for axis, placement in enumerate(logits.placements) if not placement.is_replicate()]
-    if len(sharded) != 1 or not logits.placements[sharded[0]].is_shard(dim):
-        return None
-    axis, mesh, num_classes = sharded[0], logits.device_mesh, logits.shape[dim]
-    per_process = math.ceil(num_classes / mesh.size(axis))  # as torch.chunk
-    if per_process * (mesh.size(axis) - 1) >= num_classes:
-        return None
-    return per_process * mesh.get_local_rank(axis), num_classes, mesh.get_group(axis)
 
 
 def _is_eager() -> bool:

@@ -1,0 +1,67 @@
+"""The target gap of `functional` for a ``DTensor`` whose classes are sharded: imported only where one is used."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .functional import _compute_dtype, _of_class, _row_dtype
+
+
+def target_gap(logits: Tensor, target: Tensor, dim: int) -> Tensor:
+    """`functional.target_gap` of logits that `class_shard` knows; an ordinary tensor, the same on every process."""
+    return _TargetGap.apply(logits.to_local(), target, dim, *class_shard(logits, dim))
+
+
+def class_shard(logits: Tensor, dim: int) -> tuple[int, int, dist.ProcessGroup] | None:
+    """This process's first class, the number of classes and the group that shares them, where every process of one mesh
+    dimension has some and the other dimensions do not shard anything."""
+    sharded = [axis for axis, placement in enumerate(logits.placements) if not placement.is_replicate()]
+    if len(sharded) != 1 or not logits.placements[sharded[0]].is_shard(dim):
+        return None
+    axis, mesh, num_classes = sharded[0], logits.device_mesh, logits.shape[dim]
+    per_process = math.ceil(num_classes / mesh.size(axis))  # as torch.chunk
+    if per_process * (mesh.size(axis) - 1) >= num_classes:
+        return None
+    return per_process * mesh.get_local_rank(axis), num_classes, mesh.get_group(axis)
+
+
+class _TargetGap(torch.autograd.Function):
+    """That of logits of which every process has some classes: the largest one, their sum and the target's are
+    exchanged. ``logits``: this process's, from class ``first`` of ``num_classes`` on."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, target: Tensor, dim: int, first: int, num_classes: int, group) -> Tensor:
+        ctx.dim, ctx.dtype = dim, logits.dtype
+        _of_class(target.new_zeros(1).expand(num_classes), target)  # refuses an index outside the classes
+        index = (target - first).unsqueeze(dim)
+        here = (index >= 0) & (index < logits.shape[dim])
+        index = index.masked_fill(~here, 0)  # where the target is elsewhere, any class, which is put back
+        others = logits.to(_compute_dtype(logits))
+        of_target = others.gather(dim, index)
+        others = others.scatter(dim, index, of_target.masked_fill(here, torch.finfo(others.dtype).min))
+
+        top = others.amax(dim, keepdim=True)
+        dist.all_reduce(top, dist.ReduceOp.MAX, group)
+        shares = (others - top).exp()
+        sums = torch.cat([shares.sum(dim, keepdim=True), of_target.masked_fill(~here, 0.0)], dim)
+        sums = sums.to(_row_dtype(logits.device))
+        dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+        total, of_target = sums.split(1, dim)
+        ctx.save_for_backward(shares.div_(total.to(shares.dtype)), index, here)
+        return (top.to(sums.dtype) - of_target + total.log()).squeeze(dim)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the gradient-decay loss of sharded logits is not differentiable twice: give it logits.full_tensor()"
+            )
+        shares, index, here = ctx.saved_tensors
+        grad = grad.to(shares.dtype).unsqueeze(ctx.dim)
+        grad_logits = shares * grad
+        of_target = torch.where(here, -grad, grad_logits.gather(ctx.dim, index))
+        return grad_logits.scatter_(ctx.dim, index, of_target).to(ctx.dtype), *[None] * 5
