@@ -123,6 +123,18 @@ def small():
     return SMALL
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Where the tensors are tiny: on a busy machine threads waiting for each other take three times as long as the
+    work."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def learns():
     """To be given after `small`, where the model is to know something."""

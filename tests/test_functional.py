@@ -25,13 +25,7 @@ WEIGHT = torch.tensor([0.5, 1.0, 2.0, 0.0, 3.0], dtype=torch.float64)
 NEG_INF = -math.inf
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    # The tensors are tiny: on a busy machine threads waiting for each other take three times as long as the work.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(shape, *, soft=False, seed=0, scale=3.0, dtype=torch.float64):

@@ -28,12 +28,7 @@ EXACT = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 2**-7, torch
 ROUNDING = 1e-12  # of the reference itself
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Calls ----------------------------------------------------------------------------------------------------------------
