@@ -155,6 +155,7 @@ def run_card(record: dict, siblings: list[dict], pictures: list[str], license: s
             note += " **No cross-entropy baseline was trained beside it.**"
     elif final:  # several evaluation sets, or metrics of a user's own
         results = markdown.table(["metric", "value"], [(k, "-" if v is None else f"{v:.6g}") for k, v in final.items()])
+        note = note.rstrip()
     else:
         results, note = "It was not evaluated.", ""
     values = {key: final.get(key) for _, key, *_ in _METRICS}
@@ -335,10 +336,9 @@ def _loss(record: dict) -> str:
 
 
 def _temperature(record: dict) -> str:
-    calibrated = record.get("calibrated")
-    if not calibrated:
+    t, final = (record.get("calibrated") or {}).get("temperature") or {}, record["final"]
+    if any(part.get(key) is None for part in (t, final) for key in ("ece", "nll")) or t.get("temperature") is None:
         return "No temperature was fitted."
-    t = calibrated["temperature"]
     if not is_useful(t["temperature"]):
         return (
             f"The temperature fitted to the validation split is {t['temperature']:.4g}: the logits say next to nothing "
@@ -349,7 +349,7 @@ def _temperature(record: dict) -> str:
     return (
         f"The temperature fitted to the validation split is {t['temperature']:.4g}: `softmax(logits / "
         f"{t['temperature']:.4g})` has an ECE of {100 * t['ece']:.2f} % and an NLL of {t['nll']:.4f} on the same test "
-        f"samples, against {100 * record['final']['ece']:.2f} % and {record['final']['nll']:.4f} without it. It is "
+        f"samples, against {100 * final['ece']:.2f} % and {final['nll']:.4f} without it. It is "
         "`gd_temperature` in the configuration, and applied on request: `from gd_plugin import apply_temperature; "
         "apply_temperature(pipe.model)`."
     )

@@ -59,7 +59,7 @@ def build_model(args: ModelArguments, data: ClassificationData) -> tuple[Any, An
         # What transformers keeps of the model that it was: its classes, and where its weights were from.
         model.config.label_names = data.label_names
         for key in _OF_THE_WEIGHTS:
-            model.config.pretrained_cfg.pop(key, None)
+            (getattr(model.config, "pretrained_cfg", None) or {}).pop(key, None)
     return model, processor
 
 

@@ -185,12 +185,9 @@ def _check_run(run: Path) -> dict:
         raise ValueError(
             f"{run} holds no model (config.json with model.safetensors, or timm's {_TIMM_CHECKPOINT}); let the run end"
         )
-    epochs, of = record["epochs"], record["config"].get("epochs")
-    if not whole and not adapter and of and (epochs[-1]["epoch"] if epochs else 0) < of:
-        raise ValueError(
-            f"{run} stopped after epoch {epochs[-1]['epoch'] if epochs else 0} of {of}; let it end (timm's --resume), "
-            "and push it then"
-        )
+    done, of = (record["epochs"] or [{}])[-1].get("epoch") or 0, record["config"].get("epochs")
+    if not whole and not adapter and isinstance(of, int) and done < of:
+        raise ValueError(f"{run} stopped after epoch {done} of {of}; let it end (timm's --resume), and push it then")
     if record["config"].get("split_bn"):
         raise ValueError(f"{run} was trained with --split-bn, whose second normalisation no loader of a model knows")
     return record
@@ -200,12 +197,10 @@ def _check_run(run: Path) -> dict:
 def _prepared(run: Path) -> Iterator[Path]:
     """The folder to upload: a run's own, or for a timm model one made of it."""
     record = _check_run(run)
-    trained_by_timm = (run / _TIMM_CHECKPOINT).is_file()
-    config = (
-        {} if trained_by_timm or not (run / "config.json").is_file() else json.loads((run / "config.json").read_bytes())
-    )
-    in_one_file = (run / "model.safetensors").is_file()  # in several, timm loads nothing
-    if not trained_by_timm and (config.get("model_type") != "timm_wrapper" or not in_one_file):
+    trained_by_timm, config = (run / _TIMM_CHECKPOINT).is_file(), {}
+    if (run / "config.json").is_file() and (run / "model.safetensors").is_file():  # of several files timm loads none
+        config = json.loads((run / "config.json").read_bytes())
+    if not trained_by_timm and config.get("model_type") != "timm_wrapper":
         yield run
         return
     with tempfile.TemporaryDirectory() as name:

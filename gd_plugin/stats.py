@@ -14,8 +14,9 @@ from . import shape
 from .reading import load_json
 from .record import RECORD_FORMAT, STUDY_FILE, family, read_record
 
-_NEEDED = ("gd.beta", "gd.beta_start", "dataset.name", "dataset.tested_on", "dataset.train", "dataset.test")
 __all__ = ["COLUMNS", "Method", "StudyResults", "Summary", "read_study"]
+
+_NEEDED = ("gd.beta", "gd.beta_start", "dataset.name", "dataset.tested_on", "dataset.train", "dataset.test")
 
 
 @dataclass(frozen=True)

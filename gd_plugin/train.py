@@ -263,13 +263,13 @@ def _check_arguments(args: GradientDecayTrainingArguments) -> None:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
     for name, below in _NUMBERS.items():
         value = getattr(args, name)
-        if value is None:
+        if value is None or (name == "max_grad_norm" and value == math.inf):  # which clips nothing
             continue
-        if not math.isfinite(value) and not (name == "max_grad_norm" and value == math.inf):  # which clips nothing
+        if not math.isfinite(value):
             raise ValueError(f"--{name} must be finite, got {value}")
         if value < 0:
             raise ValueError(f"--{name} must not be negative, got {value}")
-        if value >= below and value != math.inf:
+        if value >= below:
             raise ValueError(f"--{name} must be less than {below}, got {value}")
     if args.save_strategy == "steps" and not args.save_steps:
         raise ValueError("--save_steps must be greater than 0 with --save_strategy steps, got 0")

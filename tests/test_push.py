@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -532,6 +533,23 @@ def test_a_model_in_training_keeps_its_logits(runs):
     before = model(pixels).logits
     assert torch.equal(apply_temperature(model)(pixels).logits, before)
     assert not torch.equal(model.eval()(pixels).logits, before)
+
+
+def test_a_timm_model_that_is_fine_tuned_forgets_what_it_was(runs, tmp_path):
+    """Its classes, and where its weights were from; the temperature goes with the first update."""
+    from gd_plugin.arguments import ModelArguments
+    from gd_plugin.models import build_model
+
+    folder = shutil.copytree(runs / "timm", tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= {"tag": "a1_in1k", "label_names": config["label_names"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    pets = SimpleNamespace(kind="image", name="pets", label_names=["cat", "dog"])
+    model, _ = build_model(ModelArguments(model=str(folder)), pets)
+    model.save_pretrained(tmp_path / "tuned")
+    saved = json.loads((tmp_path / "tuned/config.json").read_text())
+    assert saved["label_names"] == ["cat", "dog"] and saved["num_classes"] == 2
+    assert not {"tag", "label_names"} & saved["pretrained_cfg"].keys()
 
 
 def test_further_training_forgets_the_temperature(runs, tmp_path):
