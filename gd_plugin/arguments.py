@@ -334,7 +334,9 @@ def json_mapping(flag: str, text: str) -> dict:
         value = load_json(text)
     except ValueError as error:
         raise ValueError(f"--{flag} is not JSON ({error}): {text[:80]}") from None
-    if not isinstance(value, dict) or (flag in ("runs", "study") and not value):
+    if flag in PARENT_FOLDER and value == {}:
+        raise ValueError(f"--{flag} is empty: it must name at least one run")
+    if not isinstance(value, dict):
         raise ValueError(f"--{flag} must be a JSON object, got {text[:80]}")
     return value
 

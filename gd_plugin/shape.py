@@ -10,7 +10,7 @@ __all__ = ["RECORD", "STUDY", "problem"]
 
 # A shape is a type (float takes whole numbers too), None, a pattern of a text, a list with the shape of its entries, a
 # dict of the shapes of some keys and with `...` of all others, or a tuple of shapes of which one must do. What is not
-# named may be anything.
+# named may be anything. With `...` the keys that are named must be there, without it they may be missing.
 _NUMBER, _WHOLE = (float, None), (int, None)
 _NUMBERS = {...: _NUMBER}
 _WORD = re.compile(r"[\w-]{1,60}")  # goes into a card as it is
@@ -55,6 +55,8 @@ def problem(value: Any, shape: Any, where: str = "") -> str:
         found = [problem(value, one, where) for one in shape]
         return "" if "" in found else found[0]
     if isinstance(shape, dict) and isinstance(value, dict):
+        if ... in shape and (missing := [key for key in shape if key is not ... and key not in value]):
+            return f"{where} lacks {', '.join(missing)}"
         known = ((key, entry, shape.get(key, shape.get(...))) for key, entry in value.items())
         parts = ((f"{where}.{key}" if where else key, entry, inner) for key, entry, inner in known if inner is not None)
     elif isinstance(shape, list) and isinstance(value, list):
@@ -71,7 +73,7 @@ def _is(value: Any, shape: Any) -> bool:
         return isinstance(value, str) and shape.fullmatch(value) is not None
     if shape in (int, float):
         right = isinstance(value, (int, shape)) and not isinstance(value, bool)
-        return right and (abs(value) < _LARGEST or not math.isfinite(value))
+        return right and (abs(value) < _LARGEST or (isinstance(value, float) and not math.isfinite(value)))
     return isinstance(shape, type) and isinstance(value, shape)
 
 
