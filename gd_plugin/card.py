@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from . import markdown
 from .calibration import is_useful
 from .parser import Parser
-from .record import STUDY_FILE, family, read_record, write_atomic
+from .record import STUDY_FILE, family, hardware, read_record, write_atomic
 
 if TYPE_CHECKING:
     from .stats import StudyResults
@@ -356,13 +356,12 @@ def _temperature(record: dict) -> str:
 
 
 def _reproduce(record: dict, seeds: list[int]) -> str:
-    hardware = record["hardware"]
     rows: list[tuple[str, Any]] = [
         ("seed" if len(seeds) == 1 else "seeds", ", ".join(map(str, seeds))),
         ("commit of gd_plugin", record["commit"] or "an installed package"),
         ("versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
         ("python", record["python"]),
-        ("hardware", ", ".join(hardware["gpu"]) or f"{hardware['cpu']}, {hardware['torch_threads']} thread(s)"),
+        ("hardware", hardware(record)),
         ("wall time of a run", f"{record['wall_time_s']:.0f} s"),
         *([("energy of a run", f"{record['energy_kwh']:.3g} kWh (codecarbon)")] if record.get("energy_kwh") else []),
         ("date", record["created"]),

@@ -26,6 +26,7 @@ __all__ = [
     "environment",
     "epochs_from_log",
     "family",
+    "hardware",
     "json_text",
     "publishable",
     "publishable_words",
@@ -105,8 +106,21 @@ def environment() -> dict:
             "gpu": gpus,
             "gpu_count": len(gpus),
             "torch_threads": torch.get_num_threads(),
+            "processes": torch.distributed.get_world_size() if _is_distributed() else 1,
         },
     }
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def hardware(record: dict) -> str:
+    """What a run was computed on, in words."""
+    known = record["hardware"]
+    what = ", ".join(known["gpu"]) or f"{known['cpu']}, {known['torch_threads']} thread(s)"
+    processes = known.get("processes", 1)  # absent in records from before it was kept
+    return what if processes == 1 else f"{what}, {processes} processes"
 
 
 def epochs_from_log(log_history: list[dict]) -> list[dict]:

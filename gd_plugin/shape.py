@@ -43,7 +43,7 @@ RECORD = {
     "calibrated": ({"temperature": (_NUMBERS, None), "vector": (_NUMBERS, None)}, None),
     "reliability": ([{"lower": float, "upper": float, "count": int, ...: _NUMBER}], None),
     "versions": dict,
-    "hardware": {"cpu": str, "gpu": [str], "torch_threads": int},
+    "hardware": {"cpu": str, "gpu": [str], "torch_threads": int, "processes": int},
     "card": ({"task": (_WORD, None)}, None),
 }
 STUDY = {"methods": [str], "seeds": [int], "command": str}

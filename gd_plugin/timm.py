@@ -19,7 +19,7 @@ from typing import Any
 
 from .config import GradientDecayConfig, rename_fields
 from .loss import GradientDecayLoss
-from .record import read_record
+from .record import hardware, read_record
 
 __all__ = ["LOSS_TYPE", "has_loss_factory", "model_card", "register", "unregister"]
 
@@ -126,7 +126,6 @@ def model_card(run: str | os.PathLike) -> dict[str, Any]:
     if "beta_start" not in gd:
         del gd["schedule"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    hardware = record["hardware"]
     details = {
         "Gradient-decay loss": gd,
         "Hyperparameters": hyperparameters(record),
@@ -142,7 +141,7 @@ def model_card(run: str | os.PathLike) -> dict[str, Any]:
     details |= {
         "Command": f"`{record['command']}`",
         "Versions": versions,
-        "Hardware": ", ".join(hardware["gpu"]) or hardware["cpu"],
+        "Hardware": hardware(record),
         "Commit of gd_plugin": record["commit"],
     }
     return {

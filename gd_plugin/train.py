@@ -70,6 +70,12 @@ def prepare(argv: list[str], recipes: Path) -> Job:
         PushError: with --push_to_hub, the Hub refuses the token or the name.
     """
     runs, options = parse(argv, recipes)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > runs[0].args.world_size:  # each would train alone, on all the data, into the same folder
+        raise ValueError(
+            f"{started} processes were started, and the Trainer sees {runs[0].args.world_size}; on the CPU add "
+            "--use_cpu true, elsewhere start them with torchrun or accelerate launch"
+        )
     for run in runs:
         if run.args.process_index == 0:  # the others may be late, and would find what it has written since
             check_folder(run, options)

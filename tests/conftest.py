@@ -24,15 +24,8 @@ SMALL = (
 ).split()
 
 
-_FIGURES = pytest.StashKey[dict]()
-
-
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="kill a training twenty times, in place of three")
-
-
-def pytest_configure(config):
-    config.stash[_FIGURES] = {}
 
 
 def pytest_collection_modifyitems(items):
@@ -43,17 +36,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="there is no GPU here; on a machine with one: pytest -m gpu"))
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    if config.stash[_FIGURES]:
+def pytest_terminal_summary(terminalreporter):
+    passed = terminalreporter.getreports("passed")
+    if figures := [value for report in passed for name, value in report.user_properties if name == "figure"]:
         terminalreporter.section("figures")
-        for name, value in config.stash[_FIGURES].items():
-            terminalreporter.write_line(f"{name}: {value}")
+        width = max(len(name) for name, _ in figures)
+        for name, value in sorted(set(map(tuple, figures))):
+            terminalreporter.write_line(f"{name:{width}}  {value}")
 
 
-@pytest.fixture(scope="session")
-def figure(request):
+@pytest.fixture
+def figure(record_property):
     """What was measured by a test, to be shown at the end of them all: ``figure("kills", 20)``."""
-    return request.config.stash[_FIGURES].__setitem__
+    return lambda name, value: record_property("figure", (name, f"{value:.1e}" if type(value) is float else str(value)))
 
 
 class Outcome(NamedTuple):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from gd_plugin.card import run_card
 from gd_plugin.record import read_record, write_json
@@ -110,6 +111,35 @@ def test_hostile_text_stays_text(trained):
     tables = [line for line in card.text.splitlines() if line.startswith("|")]
     widths = {len(re.findall(r"(?:\\.|[^|\\])+", line)) for line in tables}
     assert widths == {6, 2}
+
+
+def structure(card: str) -> list[tuple]:
+    """What a viewer makes of it, without the texts: every heading, cell, code span, link and picture, in order."""
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(ModelCard(card).text)
+    inner = [part for token in tokens for part in (token, *(token.children or []))]
+    return [(part.type, part.tag, str(part.attrs)) for part in inner if part.type not in ("text", "text_special")]
+
+
+@pytest.mark.parametrize("hostile", [
+    "a|b", "<script>alert(1)</script>", "<!-- ", "![x](http://e.example/x.png)", "[x]: http://e.example", "`", "``x",
+    "**x**", "~~x~~", "# x", "\n\n# x\n\n---\n", "| a |\n|---|\n| b |", "http://e.example", "<http://e.example>",
+    "- x\n- y", "&lt;b&gt;", "x\\", "\x1b[31m", "x" * 500,
+])  # fmt: skip
+def test_hostile_text_does_not_change_what_a_card_is_made_of(trained, hostile):
+    def card_of(name):
+        record = copy.deepcopy(read_record(trained / "warm-up/record.json"))
+        record["name"] = record["dataset"]["name"] = record["command"] = record["versions"]["torch"] = name
+        record["config"] = {"dataset": name, "learning_rate": name}
+        record["hardware"]["cpu"] = record["model"]["name"] = name
+        return run_card(record, [dict(record, name=f"other {name}")], ["curves.png"])
+
+    assert structure(card_of(hostile)) == structure(card_of("digits"))
+
+
+def test_text_that_is_not_escaped_changes_it(trained):
+    card = run_card(read_record(trained / "warm-up/record.json"), [], [])
+    for hostile in ("<script>alert(1)</script>", "[x](http://e.example)", "**x**"):
+        assert structure(card.replace("`digits`", hostile)) != structure(card.replace("`digits`", "x"))
 
 
 def test_only_a_model_that_was_trained_from_scratch_has_a_license(trained):

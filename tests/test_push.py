@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from files import contents
 from hub_server import HubServer, connect
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
@@ -481,14 +482,7 @@ def test_a_token_that_may_not_write_is_noticed_before_training(hub, command, sma
 
 
 def assert_no_token(hub, folder):
-    everything = []
-    for path in folder.rglob("*"):
-        if zipfile.is_zipfile(path):  # as torch.save writes
-            with zipfile.ZipFile(path) as parts:
-                everything += [parts.read(name) for name in parts.namelist()]
-        elif path.is_file():
-            everything.append(path.read_bytes())
-    everything += [content for repo in hub.repos.values() for content in repo.files.values()]
+    everything = [*contents(folder), *(content for repo in hub.repos.values() for content in repo.files.values())]
     assert len(everything) > 5 and not any(hub.token.encode() in content for content in everything)
 
 

@@ -86,8 +86,12 @@ def _shell(command, folder):
     programs = folder / "bin"
     if not programs.exists():  # this Python's, whose environment need not be active
         programs.mkdir()
-        start = '-c "from torch.distributed.run import main; main()"'
-        for name, words in {"python": "", "torchrun": start}.items():
+        starts = {
+            "python": "",
+            "torchrun": '-c "from torch.distributed.run import main; main()"',
+            "accelerate": "-m accelerate.commands.accelerate_cli",
+        }
+        for name, words in starts.items():
             (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
             (programs / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
@@ -98,7 +102,7 @@ def _shell(command, folder):
 
 def test_the_readme_has_snippets():
     assert (
-        len(PYTHON) == 8 and len(SHELL) == 12 and len(DIFFS) == 2 and len(TIMM) == 4 and set(SETUP) == {"demo", "test"}
+        len(PYTHON) == 8 and len(SHELL) == 14 and len(DIFFS) == 2 and len(TIMM) == 4 and set(SETUP) == {"demo", "test"}
     )
     assert {language for language, _ in BLOCKS} == {"diff", "python", "bash", "bibtex"}
 
@@ -204,11 +208,25 @@ def test_diagnose_commands(tmp_path):
     assert {"curriculum.png", "features.png", "smoothness.png"} <= pictures
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize("command", [line for line in SHELL if "accelerate launch" in line], ids=["train", "loop"])
+def test_many_processes_command(command, tmp_path):
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    if "gd_plugin train" in command:
+        runs = """--runs '{"beta 5": {"gd_beta": 5}}'"""
+        command = f"{command} --max_train_samples 64 --max_eval_samples 32 --num_train_epochs 1 {runs}"
+    _shell(command, tmp_path)
+    if "loop.py" in command:
+        assert (tmp_path / "runs/accelerate_loop/model.safetensors").exists()
+    else:
+        assert read_record(tmp_path / "runs/digits/beta-5/record.json")["hardware"]["processes"] == 2
+
+
 def test_setup_commands_are_the_ones_that_ci_runs():
     ci = (ROOT / ".ci/run").read_text()
     assert "for name in test demo" in ci
     assert SETUP["demo"].endswith(".venv/bin/gd-plugin train digits")
-    assert SETUP["test"].endswith(".venv/bin/pytest")
+    assert SETUP["test"].endswith(".venv/bin/pytest -n auto --dist worksteal")
 
 
 def test_what_is_written_from_records_is_what_they_say():

@@ -107,7 +107,7 @@ def test_environment(monkeypatch):
     assert "torch" in result["versions"] and "pytest" not in result["versions"]
     assert result["hardware"]["cpu"] and result["hardware"]["cpu_count"] == os.cpu_count()
     assert result["hardware"]["gpu_count"] == len(result["hardware"]["gpu"])
-    assert result["hardware"]["torch_threads"] >= 1
+    assert result["hardware"]["torch_threads"] >= 1 and result["hardware"]["processes"] == 1
     texts = [str(leaf) for leaf in leaves(result)]
     assert not any(text.startswith(("/", "~", "C:")) or "secret" in text for text in texts)
     words = {word for text in texts for word in text.replace("-", " ").split()}

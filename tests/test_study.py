@@ -420,7 +420,7 @@ BAD = [
     (f"{STUDY} --xyzzy", r"--xyzzy is not a flag of gd-plugin \w+; --help lists them"),
     ("nope", r"there is no recipe nope; give a YAML file, or one of those that come with the package: .*\bdigits\b.*"),
     (f"--dataset digits {MODEL}", r"no methods to compare: give a recipe with `study`, or --study '.*'"),
-    (f"--dataset digits {MODEL} --study {{}}", r"--study must be a JSON object.*, got \{\}"),
+    (f"--dataset digits {MODEL} --study {{}}", r"--study is empty: it must name at least one run"),
     (f"--dataset digits {MODEL} --study [1]", r"--study must be a JSON object.*, got \[1\]"),
     (f"--dataset digits {MODEL} --study {{", r"--study is not JSON \(.*\): \{"),
     (f"{STUDY} --methods fve", r"--methods 'fve': the study has no such method; did you mean 'five'\?"),

@@ -7,6 +7,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -330,6 +332,23 @@ def test_hostile_names(train, small, tmp_path):
     assert png_size(inside / "curves.png") and png_size(inside / "reliability.png")
     assert (
         list(AutoModelForImageClassification.from_pretrained(inside / "red-x-red").config.id2label.values()) == HOSTILE
+    )
+
+
+def test_processes_that_the_trainer_does_not_see(tmp_path):
+    """Each of them would train alone, into the same folder."""
+    done = subprocess.run(
+        [sys.executable, "-m", "gd_plugin", "train", "digits", "--output_dir", "out"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {"WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
+    assert done.stderr == (
+        "gd-plugin: error: 2 processes were started, and the Trainer sees 1; on the CPU add --use_cpu true, elsewhere "
+        "start them with torchrun or accelerate launch\n"
     )
 
 
