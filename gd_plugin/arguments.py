@@ -46,6 +46,7 @@ DEFAULTS = {
 # What a run is asked to do, as opposed to what it is.
 NOT_SETTINGS = ("output_dir", "overwrite", "resume", "runs", "study", "methods", "hub_token", "push_to_hub",
                 "hub_model_id", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision")  # fmt: skip
+OF_STUDY = ("seeds", "jobs", "executor")
 PARENT_FOLDER = {"runs": "runs", "study": "studies"}
 # Of TrainingArguments, which reads what begins with a brace as JSON, and does not say which flag is wrong.
 _JSON_FLAGS = ("accelerator_config", "fsdp_config", "deepspeed", "activation_checkpointing_kwargs",
@@ -154,7 +155,8 @@ class Run:
 class _Parser(HfArgumentParser):
     """An argument parser whose errors are one line, raised and not printed with the usage of 150 flags."""
 
-    def __init__(self) -> None:
+    def __init__(self, grid: str = "runs") -> None:
+        self.command = "gd-plugin study" if grid == "study" else "gd-plugin train"
         super().__init__(
             [DataArguments, ModelArguments, RunArguments, GradientDecayTrainingArguments],
             prog="gd-plugin train",
@@ -169,12 +171,17 @@ class _Parser(HfArgumentParser):
     def error(self, message: str):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
-            message = f"{unknown[1]} is not a flag of gd-plugin train{self.nearest(unknown[1].lstrip('-'))}"
+            message = f"{unknown[1]} is not a flag of {self.command}{self.nearest(unknown[1].lstrip('-'))}"
         raise ValueError(message)
 
     def nearest(self, name: str) -> str:
-        known = [action.dest for action in self._actions]
-        near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+        name = name.replace("-", "_")
+        if name in OF_STUDY and self.command != "gd-plugin study":
+            return ", but of gd-plugin study"
+        known = [action.dest for action in self._actions] + (
+            list(OF_STUDY) if self.command == "gd-plugin study" else []
+        )
+        near = difflib.get_close_matches(name, known, n=1)
         return f"; did you mean {near[0]}?" if near else "; --help lists them"
 
 
@@ -187,7 +194,7 @@ def parse(argv: list[str], recipes: Path, grid: str = "runs") -> tuple[list[Run]
     Raises:
         ValueError: one line that names the flag.
     """
-    parser = _Parser()
+    parser = _Parser(grid)
     words = list(argv)
     recipe_name = None
     if words and not words[0].startswith("-"):

@@ -179,9 +179,13 @@ def study_card(study: StudyResults, pictures: list[str], method: str | None = No
     if chosen is None:
         raise ValueError(f"--method {method!r}: the methods are {', '.join(m.name for m in study.methods)}")
     record = next(iter(chosen.records.values()))
+    record = {
+        **record,
+        "config": {key: value for key, value in record["config"].items() if key != "seed"},
+    }  # of several
     keys = [key for _, key, *_ in _METRICS]
     rows = [
-        [f"this model: {m.name}" if m is chosen else m.name, len(m.records)]
+        [f"this method: {m.name}" if m is chosen else m.name, len(m.records)]
         + [mean_and_sd(key, m.summaries[key]) for key in keys]
         for m in study.methods
     ]
@@ -191,6 +195,8 @@ def study_card(study: StudyResults, pictures: list[str], method: str | None = No
         f"{markdown.code(study.tested_on)}, after the last epoch. gap: confidence minus accuracy, positive is "
         "overconfident."
     )
+    if len(study.seeds) == 1:
+        note += " One seed: no deviation can be given, and differences may be chance."
     if chosen is not base:
         compared = ", ".join(f"{title} {difference(key, chosen.summaries[key])}" for title, key, *_ in _METRICS[:4])
         note += f" Against {markdown.plain(base.name)}, paired by seed (95% interval, corrected p-value): {compared}."

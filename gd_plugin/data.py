@@ -237,7 +237,10 @@ def _load(name: str, config: str | None) -> DatasetDict:
     except Exception as error:  # dozens of types, from the network to the file format
         cause = error.__cause__ or error  # "an error occurred while generating the dataset" helps nobody
         reason = " ".join(str(cause).split())
-        raise ValueError(f"--dataset {name} could not be loaded: {type(cause).__name__}: {reason[:300]}") from error
+        elsewhere = "" if path.is_dir() else "; --data_dir names a folder with a copy of it"
+        raise ValueError(
+            f"--dataset {name} could not be loaded: {type(cause).__name__}: {reason[:300]}{elsewhere}"
+        ) from error
     return loaded
 
 

@@ -103,6 +103,8 @@ def _folders(run: Path) -> list[Path]:
         run = run.parent
     if (run / "record.json").is_file():
         return [run]
+    if not run.exists():
+        raise ValueError(f"{run} does not exist; give the output folder of gd-plugin train, study or timm")
     folders = sorted(path.parent for path in run.glob("*/record.json"))
     if not folders:
         raise ValueError(

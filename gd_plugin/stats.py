@@ -110,18 +110,18 @@ class StudyResults:
         )
 
 
-def read_study(folder: Path) -> StudyResults:
-    """Read the records of a study, finished or not, and sum them up.
+def read_plan(folder: Path) -> dict:
+    """What a study was asked for: ``methods``, ``seeds`` and ``command``.
 
     Raises:
-        ValueError: no study, a damaged or foreign file, or no run of the first method yet; one line.
+        ValueError: no study, or a damaged or foreign file; one line.
     """
     path = folder / STUDY_FILE
     try:
         asked = load_json(path.read_bytes())
         if wrong := shape.problem(asked, shape.STUDY, "it"):
             raise ValueError(wrong)
-        names, seeds = asked["methods"], asked["seeds"]
+        names, _ = asked["methods"], asked["seeds"]
         if not names:
             raise ValueError("it names no method")
     except FileNotFoundError:
@@ -132,7 +132,17 @@ def read_study(folder: Path) -> StudyResults:
         ) from None
     if asked.get("format") != RECORD_FORMAT:
         raise ValueError(f"{path} has format {asked.get('format')!r}, this version reads {RECORD_FORMAT}")
+    return asked
 
+
+def read_study(folder: Path) -> StudyResults:
+    """Read the records of a study, finished or not, and sum them up.
+
+    Raises:
+        ValueError: no study, a damaged or foreign file, or no run of the first method yet; one line.
+    """
+    asked = read_plan(folder)
+    names, seeds = asked["methods"], asked["seeds"]
     found: dict[str, dict[int, dict]] = {name: {} for name in names}
     for seed in seeds:
         for file in sorted((folder / f"seed-{seed}").glob("*.json")):

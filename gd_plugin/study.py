@@ -32,6 +32,7 @@ from .fit import fit
 from .folder import check_writable
 from .parser import Parser
 from .record import RECORD_FORMAT, STUDY_FILE, json_text, publishable, publishable_words, read_record, write_json
+from .stats import read_plan
 from .study_report import report
 from .terminal import Console
 from .train import check_runs, load
@@ -97,6 +98,8 @@ def prepare(argv: list[str], recipes: Path) -> Study:
     console = Console(emoji=False)
     data, _ = load(runs, console)  # what is wrong with the data shows here, not in a worker
     done = {} if options.overwrite else _complete(folder, tasks, data.describe(), console)
+    if not options.overwrite:
+        _refuse_a_part(folder, [run.name for run in runs], own.seeds)
     gpus = torch.cuda.device_count()
     return Study(
         folder=folder,
@@ -209,6 +212,21 @@ def _line(record: dict) -> str:
     )
 
 
+def _refuse_a_part(folder: Path, methods: list[str], seeds: int) -> None:
+    """A study of fewer methods or seeds would take the place of the larger one's tables and pictures."""
+    try:
+        before = read_plan(folder)
+    except ValueError:  # none, or none that could be read: there is nothing to lose
+        return
+    lost = [name for name in before["methods"] if name not in methods]
+    lost += [f"seed {seed}" for seed in before["seeds"] if seed >= seeds]
+    if lost:
+        raise ValueError(
+            f"{folder} holds a study that is larger, by {', '.join(lost)}: gd-plugin report {folder} shows it; give "
+            "another --output_dir, or as many --methods and --seeds, or --overwrite"
+        )
+
+
 def _complete(folder: Path, tasks: list[Task], dataset: dict, console: Console) -> dict[Path, dict]:
     """The records of the study that are there already, by their files; a damaged one is set aside."""
     done = {}
@@ -239,8 +257,8 @@ def _complete(folder: Path, tasks: list[Task], dataset: dict, console: Console) 
         for key in sorted({*before, *now} - set(_NOT_COMPARED)):
             if before.get(key) != now.get(key):
                 raise ValueError(
-                    f"{path} is of another study: {key} is {before.get(key)} there and {now.get(key)} here; choose "
-                    "another --output_dir, or train it again with --overwrite"
+                    f"{path} is of another study: {key} is {before.get(key, 'not set')} there and "
+                    f"{now.get(key, 'not set')} here; choose another --output_dir, or train it again with --overwrite"
                 )
         done[path] = record
     return done
@@ -267,7 +285,8 @@ class _Worker:
 
 
 def _threads(study: Study) -> int:
-    return max(1, (os.cpu_count() or 1) // study.jobs)
+    cores = os.cpu_count() or 1
+    return max(1, min(cores // study.jobs, int(os.environ.get("OMP_NUM_THREADS", cores))))
 
 
 _worker: _Worker | None = None  # of a worker process

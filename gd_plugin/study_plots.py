@@ -131,7 +131,7 @@ def plot_warmup(study: StudyResults, path: str | os.PathLike) -> None:
     end = max(ends, key=ends.count, default=None)
     linear = [m for m in linear if m.gd["beta"] == end]
     if len(linear) < 2:
-        raise ValueError(f"{path}: nothing to draw, the study has no two linear warm-ups to the same beta")
+        raise ValueError(f"{path.name} is left out: the study has no two linear warm-ups to the same beta")
     fixed = [m for m in study.methods if m.family == "fixed beta" and m.gd["beta"] == end]
     starts = sorted({m.gd["beta_start"] for m in linear})
     lengths = sorted({m.gd["warmup_ratio"] for m in linear} | ({0.0} if fixed else set()))

@@ -149,7 +149,8 @@ def _notes(
     elif len(study.seeds) == 1:
         notes.append("One seed: no deviations, intervals or p-values can be given, and differences may be chance.")
     if study.missing:
-        notes.append(strong(f"{study.missing} runs are missing: the study was stopped, or some of its runs failed."))
+        runs = "1 run is" if study.missing == 1 else f"{study.missing} runs are"
+        notes.append(strong(f"{runs} missing: the study was stopped, or some of its runs failed."))
     diverged = [f"{m.name} ({len(m.records) - m.summaries['nll'].n})" for m in study.methods if _diverged(m)]
     if diverged:
         notes.append(strong(f"Diverged, and left out of the means: {text(', '.join(diverged))}."))
@@ -196,7 +197,7 @@ def _exact(number: float | int | None) -> str:
 def _print(study: StudyResults, console: Console) -> None:
     # Not `rich.markup.escape`, which doubles a backslash at the end.
     table = Table(title=Text(one_line(f"{study.dataset}, split: {study.tested_on}")))
-    keys = ("accuracy", "nll", "ece")  # what 80 columns hold
+    keys = ("accuracy", "nll", "ece", *(("confidence_gap",) if console.width >= 100 else ()))  # what the width holds
     for i, title in enumerate(("method", "n", *_titles(keys))):
         table.add_column(title, justify="right" if i else "left", overflow="fold", no_wrap=bool(i))
     for method in study.methods:

@@ -316,7 +316,7 @@ def test_no_record(command, run, tmp_path, where):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a_file").touch()
     message = error(command("report", good, tmp_path / where))
-    assert f"{tmp_path / where} holds no record.json" in message
+    assert f"{tmp_path / where} {'does not exist' if where == 'nowhere' else 'holds no record.json'}" in message
     assert names(good) == {"record.json"}  # all are read before the first is drawn
 
 

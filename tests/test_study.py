@@ -262,11 +262,11 @@ def test_a_corrupt_record_is_set_aside_and_trained_again(study, finished, copy):
     path_of(copy, 0, "ce").write_text(half)
     path_of(copy, 0, "five").write_text('{"format": 1}')
     (copy / "seed-0" / "five.corrupt-0").write_text("of an earlier time")
-    outcome = study(copy, "--seeds", 1)
+    outcome = study(copy)
     assert (outcome.code, outcome.err) == (0, "")
     assert re.search(r"ce\.json: not JSON \(.*\); .* set aside as ce\.corrupt-0\n", outcome.out)
     assert re.search(r"five\.json: the record lacks name, .* set aside as five\.corrupt-1\n", outcome.out)
-    assert "are complete already" not in outcome.out
+    assert "2 of 4 runs are complete already" in outcome.out
     kept = {path.name: path.read_text() for path in (copy / "seed-0").glob("*.corrupt-*")}
     assert kept == {"ce.corrupt-0": half, "five.corrupt-0": "of an earlier time", "five.corrupt-1": '{"format": 1}'}
     for name in METHODS:
@@ -288,8 +288,8 @@ def test_a_record_of_another_format_stops_the_study(study, copy):
     [
         (["--max_train_samples", 64], 5, "ce.json is of other data: train was 128 and is 64"),
         (["--learning_rate", 0.02], 5, "ce.json is of another study: learning_rate is 0.01 there and 0.02 here"),
-        (["--weight_decay", 0.1], 5, "ce.json is of another study: weight_decay is None there and 0.1 here"),
-        (["--augmentation", "crop"], 5, "ce.json is of another study: augmentation is None there and crop here"),
+        (["--weight_decay", 0.1], 5, "ce.json is of another study: weight_decay is not set there and 0.1 here"),
+        (["--augmentation", "crop"], 5, "ce.json is of another study: augmentation is not set there and crop here"),
         ([], 6, "five.json is of another study: gd_beta is [5.0] there and [6.0] here"),
     ],
 )
@@ -299,6 +299,19 @@ def test_records_of_another_study_stop_it(study, copy, more, five, message):
     assert (code, err.count("\n")) == (2, 1)
     assert f"seed-0/{message}; choose another --output_dir, or train it again with --overwrite\n" in err
     assert state(copy) == before
+
+
+@pytest.mark.parametrize(
+    ("part", "larger"), [(["--seeds", "1"], "seed 1"), (["--methods", "ce"], "five")], ids=["seeds", "methods"]
+)
+def test_a_part_of_a_study_does_not_take_its_place(study, copy, part, larger):
+    before = state(copy)
+    code, _, err = study(copy, *part)
+    assert (code, state(copy)) == (2, before)
+    assert err == (
+        f"gd-plugin: error: {copy} holds a study that is larger, by {larger}: gd-plugin report {copy} shows it; give "
+        "another --output_dir, or as many --methods and --seeds, or --overwrite\n"
+    )
 
 
 def test_where_the_data_lie_does_not_make_it_another_study(study, copy):
@@ -342,8 +355,9 @@ def test_what_fails_stops_no_other_run(again):
     assert found == ["ce.json", "diverged.json", "five.json"]  # an old record does not pass for that of a failed run
 
 
-def test_what_diverges_is_complete(again, study):
-    folder, _ = again
+def test_what_diverges_is_complete(again, study, tmp_path):
+    folder = shutil.copytree(again[0], tmp_path / "out")
+    (folder / "study.json").unlink()  # which has a method more
     record = result(folder, 0, "diverged")
     assert (record["final"]["nll"], record["calibrated"]) == (None, None)
     # Also as what the others are compared with.
@@ -423,6 +437,7 @@ BAD = [
     (f"--dataset digits {MODEL} --study {{}}", r"--study is empty: it must name at least one run"),
     (f"--dataset digits {MODEL} --study [1]", r"--study must be a JSON object.*, got \[1\]"),
     (f"--dataset digits {MODEL} --study {{", r"--study is not JSON \(.*\): \{"),
+    (f"{STUDY} --jbs 2", r"--jbs is not a flag of gd-plugin study; did you mean jobs\?"),
     (f"{STUDY} --methods fve", r"--methods 'fve': the study has no such method; did you mean 'five'\?"),
     (f"{STUDY} --methods ce zzz", r"--methods 'zzz': the study has no such method; they are ce, five"),
     (f"{STUDY} --methods", r"argument --methods: expected at least one argument"),

@@ -202,7 +202,7 @@ def test_what_is_written_and_printed(grid):
     assert list(printed(out)) == list(GRID)
     assert "digits, split: test" in out and out.endswith(f"{folder}/index.html\n")
     head, *rows = page(folder).tables["Results"]
-    places = [head.index(title) for title in ("n", "accuracy %", "NLL", "ECE %")]
+    places = [head.index(title) for title in ("n", "accuracy %", "NLL", "ECE %", "gap %")]
     assert printed(out) == {row[0]: [row[i] for i in places] for row in rows}
 
 
@@ -514,7 +514,7 @@ def test_only_diverged_runs(report, tmp_path):
     folder = write_study(tmp_path / "study", records)
     out = report(folder)
     assert "Diverged, and left out of the means: cross-entropy (2), 0.01 to 5 (2), 0.1 to 5 (2)." in out
-    assert printed(out) == {name: ["2", "-", "-", "-"] for name in names}
+    assert printed(out) == {name: ["2", "-", "-", "-", "-"] for name in names}
     assert f"{folder}/loss.png: nothing to draw" in out and f"{folder}/accuracy_ece.png: nothing to draw" in out
     assert all(set(row[1:]) <= {"2", "-"} for _, *rows in page(folder).tables.values() for row in rows)
 
@@ -541,7 +541,7 @@ def test_without_a_map_of_warmups(report, tmp_path, monkeypatch, others):
     monkeypatch.setattr("gd_plugin.study_report._PICTURES", {"warmup": ("A map", plot_warmup)})
     folder = write_study(tmp_path / "study", runs({"cross-entropy": {}, **others}, 2))
     out = report(folder)
-    assert f"{folder}/warmup.png: nothing to draw, the study has no two linear warm-ups to the same beta\n" in out
+    assert "warmup.png is left out: the study has no two linear warm-ups to the same beta\n" in out
     assert not (folder / "warmup.png").exists() and page(folder).links == []
 
 

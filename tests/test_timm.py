@@ -472,7 +472,7 @@ RECORD = {
     "platform": "Linux",
     "versions": {"gd_plugin": "0.1.0", "torch": "2.9.0", "timm": "1.0.31"},
     "commit": "0123456789abcdef",
-    "hardware": {"cpu": "A processor", "cpu_count": 2, "gpu": [], "gpu_count": 0, "torch_threads": 1},
+    "hardware": {"cpu": "A processor", "cpu_count": 2, "gpu": [], "gpu_count": 0, "torch_threads": 1, "processes": 1},
     "dataset": {"name": "flowers", "train": 1020, "tested_on": "validation"},
     "model": {"name": "timm:test_efficientnet", "parameters": 101766},
     "epochs": [
@@ -556,7 +556,7 @@ def test_the_card_says_how_the_model_was_trained(run):
         "  - ece: 0.0312",
         f"- **Command:** `{RECORD['command']}`",
         "- **Versions:** gd_plugin 0.1.0, torch 2.9.0, timm 1.0.31",
-        "- **Hardware:** A processor",
+        "- **Hardware:** A processor, 1 thread(s)",
         "- **Commit of gd_plugin:** 0123456789abcdef",
     ):
         assert line in lines, line
