@@ -208,15 +208,31 @@ class _TargetGap(torch.autograd.Function):
 
 
 class _EagerTargetGap(torch.autograd.Function):
-    """`_TargetGap` without what `torch.func` and the compiler need, which would double the time of a small batch."""
+    """`_TargetGap` without what `torch.func` and the compiler need, which would double the time of a small batch.
+
+    The softmax becomes the gradient in its own place: a second tensor of that size costs more time than the arithmetic.
+    A further backward through a graph that is kept (``retain_graph``) computes it again.
+    """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, target: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        output = _TargetGap.forward(logits, target, dim)
-        _TargetGap.setup_context(ctx, (logits, target, dim), output)
-        return output
+    def forward(ctx, logits: Tensor, target: Tensor, dim: int) -> Tensor:
+        gap, ctx.shares, total = _TargetGap.forward(logits, target, dim)
+        ctx.dim = dim
+        ctx.save_for_backward(logits, target, total)
+        return gap
 
-    backward = _TargetGap.backward
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits, target, total = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+        shares = ctx.shares
+        if not again:
+            ctx.shares = None
+        if again or shares is None:
+            shares = _others(logits, target, ctx.dim).softmax(ctx.dim)
+            total = shares.sum(ctx.dim)
+        gradient = _gap_gradient(grad, shares, total, target, ctx.dim, in_place=not again)
+        return gradient.to(logits.dtype), None, None
 
 
 def target_gap(logits: Tensor, target: Tensor, dim: int = 1) -> Tensor:
@@ -238,14 +254,15 @@ def target_gap(logits: Tensor, target: Tensor, dim: int = 1) -> Tensor:
         return _TargetGap.apply(logits, target, dim)[0]  # which the compiler fuses
     if (rows := _rows_for_kernel(logits, dim)) is not None:
         return _kernels().target_gap(rows, target.reshape(-1)).reshape(target.shape)
-    return _EagerTargetGap.apply(logits, target, dim)[0]
+    return _EagerTargetGap.apply(logits, target, dim)
 
 
-def _gap_gradient(grad: Tensor, shares: Tensor, total: Tensor, target: Tensor, dim: int) -> Tensor:
+def _gap_gradient(grad: Tensor, shares: Tensor, total: Tensor, target: Tensor, dim: int, in_place=False) -> Tensor:
     """The gradient of the gaps times ``grad``, from the shares of the other classes, which add up to ``total``."""
     scale = (grad / total).to(shares.dtype).unsqueeze(dim)
     minus_grad = -grad.to(shares.dtype).unsqueeze(dim)
-    return (shares * scale).scatter_(dim, target.unsqueeze(dim), minus_grad)
+    scaled = shares.mul_(scale) if in_place else shares * scale
+    return scaled.scatter_(dim, target.unsqueeze(dim), minus_grad)
 
 
 def _rows_for_kernel(logits: Tensor, dim: int) -> Tensor | None:

@@ -202,3 +202,33 @@ def test_from_a_configuration():
     loss.set_beta((0.1, 0.2, 0.3))
     plain = GradientDecayLoss.from_config(GradientDecayConfig(beta=5.0))
     assert plain.beta.shape == () and plain.beta == 5 and plain.weight is None
+
+
+@pytest.mark.parametrize("shape", [(7, 123), (600, 1000)], ids=["whole", "in blocks"])
+def test_a_graph_that_is_kept_gives_the_same_gradient_again(shape):
+    """The first backward uses up what the forward has left, as the gradient's own place."""
+    logits = torch.randn(shape, requires_grad=True)
+    target = torch.randint(shape[1], shape[:1])
+    loss = gradient_decay_cross_entropy(logits, target, 0.01)
+    gradients = []
+    for keep in (True, True, False):
+        (gradient,) = torch.autograd.grad(loss, logits, retain_graph=keep)
+        gradients.append(gradient.clone())
+        gradient.fill_(torch.nan)  # it is the caller's
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(gradients[2], gradients[1], rtol=0, atol=0)
+    assert gradients[0].abs().max() > 0
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, logits)
+
+
+def test_a_second_derivative_and_then_the_first():
+    """A graph of the gradient leaves what the first backward uses up."""
+    logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    target = torch.arange(5)
+    loss = gradient_decay_cross_entropy(logits, target, 5.0)
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), logits, retain_graph=True)
+    assert second.abs().max() > 0
+    (once_more,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(once_more, gradient.detach())

@@ -207,7 +207,7 @@ def test_the_same_as_the_plain_way_in_unusual_rows(row, label, num_classes, laun
     logits[1] = 1.0
     target = torch.tensor([label if label < 4 else num_classes - 8 + label, 0])
     results = []
-    for function in (functional.target_gap, lambda *args: functional._EagerTargetGap.apply(*args, 1)[0]):
+    for function in (functional.target_gap, lambda *args: functional._EagerTargetGap.apply(*args, 1)):
         z = logits.clone().requires_grad_()
         gap = function(z, target)
         results.append((gap.detach(), torch.autograd.grad((gap * torch.tensor([0.7, 2.0])).sum(), z)[0]))
