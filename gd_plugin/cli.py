@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -83,7 +84,8 @@ def _train(argv: list[str]) -> int:
     try:
         job.run()
     except train.Interrupted as error:
-        print(f"gd-plugin: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes
+            print(f"gd-plugin: {error}", file=sys.stderr)
         return 130
     except train.FullDisk as error:
         _fail(str(error))

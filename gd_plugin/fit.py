@@ -169,12 +169,17 @@ class _Trainer(GradientDecayTrainer):
             self._gd_loss_func = partial(BaselineLossFunc, criterion=criterion)
         super().__init__(*args, **kwargs)
         self.augmentation = augmentation
-        self._batches = 0  # augmented so far
+        self._augmented = (0, 0)  # the update, and how many of its batches
         self._kept: list[tuple[Tensor, Tensor]] | None = None
 
     def init_hf_repo(self, *args, **kwargs) -> None:
         with hub_errors(self.args.hub_model_id or Path(self.args.output_dir).name):
             super().init_hf_repo(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # Each process has its own, and the first one goes on to write the state that makes the checkpoint whole.
+        self.accelerator.wait_for_everyone()
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
@@ -188,8 +193,9 @@ class _Trainer(GradientDecayTrainer):
         """Of this process: all have the same seed, and would shift and mirror their images alike."""
         if self.args.world_size == 1:
             return None
-        self._batches += 1
-        seed = hash((self.args.seed, self.args.process_index, self.state.global_step, self._batches))
+        update, batches = self._augmented
+        self._augmented = (self.state.global_step, batches + 1 if update == self.state.global_step else 0)
+        seed = hash((self.args.seed, self.args.process_index, *self._augmented))
         return torch.Generator(device).manual_seed(seed % 2**63)
 
     def _gd_compute_metrics(self, prediction, compute_result: bool = True) -> dict[str, float]:

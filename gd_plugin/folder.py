@@ -57,12 +57,26 @@ def check_folder(run: Run, options: argparse.Namespace) -> None:
         before = None
     if not isinstance(before, dict):
         raise ValueError(f"{settings_path} is missing or damaged, so the run cannot be resumed; use --overwrite")
+    _check_processes(folder, run.args.world_size)
     for key in sorted({*before, *run.settings}, key=str):
         if before.get(key) != run.settings.get(key):
             raise ValueError(
                 f"{folder} holds a run with {key} {before.get(key)}, not {run.settings.get(key)}; resume it with the "
                 "same settings, use --overwrite, or choose another --output_dir"
             )
+
+
+def _check_processes(folder: Path, processes: int) -> None:
+    """Each leaves the state of its random numbers in a checkpoint, here where all are on one machine."""
+    checkpoint, _ = last_whole_checkpoint(folder)
+    if checkpoint is None or os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):
+        return
+    before = len(list(checkpoint.glob("rng_state*.pth")))
+    if before and before != processes:
+        raise ValueError(
+            f"{checkpoint} was left by {before} process(es), not {processes}, which would make other batches; start as "
+            "many, use --overwrite, or choose another --output_dir"
+        )
 
 
 def _checkpoints(folder: Path) -> list[Path]:

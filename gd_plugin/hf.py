@@ -119,8 +119,8 @@ class GradientDecayCallback(TrainerCallback):
             updates_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
         except TypeError:  # an iterable data set has no length
             updates_per_epoch = None
-        if self.loss.config.warmup_epochs:
-            updates_per_epoch = _longest(updates_per_epoch, args.device)
+        if args.world_size > 1:
+            updates_per_epoch = _longest(updates_per_epoch, args)
         try:
             self._schedule = self.loss.config.resolve(state.max_steps, updates_per_epoch)
         except ValueError as error:
@@ -383,9 +383,15 @@ class GradientDecayTrainer(GradientDecayMixin, Trainer):
     """``transformers.Trainer`` with the gradient-decay loss; the one changed line. See `GradientDecayMixin`."""
 
 
-def _longest(updates_per_epoch: int | None, device: torch.device) -> int | None:
+def _longest(updates_per_epoch: int | None, args: TrainingArguments) -> int | None:
     """Of all processes: without ``even_batches`` one may have a batch more than another, and beta must be the same."""
-    return gather(torch.tensor([updates_per_epoch or 0], device=device)).max().item() or None
+    shortest, longest = gather(torch.tensor([updates_per_epoch or 0], device=args.device)).aminmax()
+    if shortest != longest and "epoch" in (args.eval_strategy, args.save_strategy):
+        raise ValueError(
+            f"the processes have {shortest} to {longest} updates an epoch, and would wait for each other at its end "
+            "forever: use eval_strategy and save_strategy 'steps', or even_batches=True in accelerator_config"
+        )
+    return longest.item() or None
 
 
 def _eval_loss(metrics: dict[str, float]) -> float:

@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import signal
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import datasets
 import torch
 import transformers
 import yaml
+from accelerate.utils import gather
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -42,6 +44,8 @@ from .trace import find_head
 
 __all__ = ["FullDisk", "Interrupted", "Job", "PushError", "check_runs", "load", "prepare"]
 
+_AGREE_EVERY = 10  # updates
+_SAME_CTRL_C = 2.0  # seconds
 _LITTLE_SPACE = 2**20  # bytes; less than any checkpoint takes
 _AT_LEAST_1 = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 # Flags that must be numbers from 0 to below this one; None is as good as no flag.
@@ -169,7 +173,8 @@ class Job:
                 records.append(self._run_one(run, bars, stop))
                 bars.finished(records[-1])
         if self.runs[0].args.process_index == 0:
-            draw(records, self.output_dir, self.console)
+            with _full_disk(self.output_dir):
+                draw(records, self.output_dir, self.console)
             print_table(self.console, records)
             self.console.print(
                 f"Models, records and pictures (curves.png, reliability.png): {self.output_dir}/",
@@ -189,9 +194,6 @@ class Job:
             bars.skip(run.name)
             return read_record(record_path)
         run.folder.mkdir(parents=True, exist_ok=True)
-        if args.process_index == 0:
-            write_atomic(run.folder / SETTINGS_FILE, yaml.safe_dump(run.settings, sort_keys=False))
-
         checkpoint, cut_short = (None, []) if self.overwrite else last_whole_checkpoint(run.folder)
         for path in cut_short:
             self.console.print(
@@ -201,11 +203,13 @@ class Job:
             )
         callbacks = [stop, bars.callback(run.name)]
         with _full_disk(run.folder):
+            if args.process_index == 0:
+                write_atomic(run.folder / SETTINGS_FILE, yaml.safe_dump(run.settings, sort_keys=False))
             checkpoint = None if checkpoint is None else str(checkpoint)
             record = fit(run, self.data, self.splits, self.command, callbacks, checkpoint)
-        if args.process_index == 0:
-            draw([record], run.folder, self.console)
-            write_json(record_path, record)  # last: a record says that the run is complete
+            if args.process_index == 0:
+                draw([record], run.folder, self.console)
+                write_json(record_path, record)  # last: a record says that the run is complete
         return record
 
     def _push(self) -> None:
@@ -288,6 +292,12 @@ def _check_arguments(args: GradientDecayTrainingArguments) -> None:
             "--dataloader_persistent_workers: the Trainer would test on the validation split, whose workers it keeps; "
             "leave it out"
         )
+    for name, what in (
+        ("save_only_model", "a training could not go on from such checkpoints"),
+        ("ignore_data_skip", "a training that goes on would see other batches"),
+    ):
+        if getattr(args, name):
+            raise ValueError(f"--{name}: {what}; leave it out")
     best = args.metric_for_best_model
     if best is not None and best.removeprefix("eval_") not in ("loss", *METRICS):
         raise ValueError(f"--metric_for_best_model {best}: the metrics are loss, {', '.join(METRICS)}")
@@ -329,6 +339,14 @@ def _check_model(model: torch.nn.Module, processor, split: torch.utils.data.Data
 
 def _check_config(args: GradientDecayTrainingArguments, samples: int, num_classes: int) -> None:
     """A warm-up longer than training, or a list for other classes, before the first of several runs starts."""
+    if args.world_size > 1 and args.accelerator_config.even_batches is False:
+        batches = math.ceil(samples / args.per_device_train_batch_size)
+        if batches % args.world_size:
+            raise ValueError(
+                f"--accelerator_config even_batches false: the {batches} batches of an epoch do not come out even over "
+                f"{args.world_size} processes, which would wait for each other forever; leave it out, or choose "
+                "another --per_device_train_batch_size"
+            )
     batches = samples / (args.per_device_train_batch_size * args.world_size)
     batches = max(1, math.floor(batches) if args.dataloader_drop_last else math.ceil(batches))
     per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
@@ -341,19 +359,27 @@ def _check_config(args: GradientDecayTrainingArguments, samples: int, num_classe
 
 
 class _Stop(TrainerCallback):
-    """Ends training with a checkpoint after the update that is under way, when asked to."""
+    """Ends training with a checkpoint after the update that is under way, when asked to.
+
+    Several processes are not asked within the same update. They agree after every tenth, so that none waits for one
+    that has stopped.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.agreed = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.requested:
+        if args.world_size == 1:
+            self.agreed = self.requested
+        elif state.global_step % _AGREE_EVERY == 0:
+            self.agreed = bool(gather(torch.tensor([self.requested], device=args.device)).any())
+        if self.agreed:
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
         # The Trainer also calls this where it stops within an epoch. An evaluation there would be slow, one point more
         # in the curves, and would draw random numbers: the second save would not go on to the same weights.
-        if self.requested and state.epoch % 1 and state.global_step < state.max_steps:
+        if self.agreed and state.epoch % 1 and state.global_step < state.max_steps:
             control.should_evaluate = control.should_save = False
 
 
@@ -362,10 +388,19 @@ def _stop_on_interrupt():
     """The first Ctrl-C asks `_Stop`, since within an update there is nothing whole to save; a second one kills."""
     stop = _Stop()
     previous = signal.getsignal(signal.SIGINT)
+    # A launcher passes on to its processes what the terminal has sent to them already.
+    same = _SAME_CTRL_C if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0.0
+    first = 0.0
 
     def request(signum, frame):
-        stop.requested = True
-        signal.signal(signal.SIGINT, previous)
+        nonlocal first
+        if not stop.requested:
+            stop.requested, first = True, time.monotonic()
+        if not same:
+            signal.signal(signal.SIGINT, previous)
+        elif time.monotonic() - first > same:
+            signal.signal(signal.SIGINT, previous)
+            signal.raise_signal(signal.SIGINT)
 
     signal.signal(signal.SIGINT, request)
     try:

@@ -102,6 +102,14 @@ BAD = [
     (f"{DIGITS} --gd_betta 5", r"--gd_betta is not a flag of gd-plugin train; did you mean gd_beta\?\n"),
     (f"{DIGITS} --gd-betta=5", r"--gd-betta is not a flag of gd-plugin train; did you mean gd_beta\?\n"),
     (f"{DIGITS} --seeds 5", r"--seeds is not a flag of gd-plugin train, but of gd-plugin study\n"),
+    (
+        f"{DIGITS} --save_only_model",
+        r"--save_only_model: a training could not go on from such checkpoints; leave it out",
+    ),
+    (
+        f"{DIGITS} --ignore_data_skip",
+        r"--ignore_data_skip: a training that goes on would see other batches; leave it out",
+    ),
     (f"{DIGITS} --xyzzy", r"--xyzzy is not a flag of gd-plugin train; --help lists them\n"),
     (f"{DIGITS} --resum", r"--resum is not a flag of gd-plugin train; did you mean resume\?\n"),
     (f"{DIGITS} --image_size big", r"argument --image_size/--image-size: invalid int value: 'big'\n"),

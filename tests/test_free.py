@@ -104,9 +104,7 @@ def test_a_changing_beta_compiles_nothing_anew(tmp_path):
     arguments = make_arguments(
         tmp_path, max_steps=1000, torch_compile=True, torch_compile_backend="eager", logging_strategy="no", **WARMUP
     )
-    trainer = GradientDecayTrainer(
-        make_model("vit"), arguments, train_dataset=make_data("vit"), callbacks=[watch]
-    )
+    trainer = GradientDecayTrainer(make_model("vit"), arguments, train_dataset=make_data("vit"), callbacks=[watch])
     loss = trainer.compute_loss_func
     loss.compute = torch.compile(loss.compute, backend="eager")  # the loss too, which the Trainer does not compile
     trainer.train()

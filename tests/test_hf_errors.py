@@ -1,5 +1,7 @@
 """What goes wrong is said in one line, with what to do, before the first update."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -273,3 +275,21 @@ def test_a_model_without_logits(tmp_path):
     arguments = dict(label_names=["target"], remove_unused_columns=False)
     trainer = WAYS["subclass"](Headless(), tmp_path, {}, arguments, train_dataset=make_data("custom"))
     assert untrained(trainer) == "the model returned no 'logits', only hidden"
+
+
+def test_processes_that_would_wait_for_each_other(tmp_path, monkeypatch):
+    """One has an update more than the other, and the first evaluation of an epoch would never end."""
+    monkeypatch.setattr("gd_plugin.hf.gather", lambda tensor: torch.cat([tensor, tensor - 1]))
+    monkeypatch.setattr(GradientDecayTrainingArguments, "world_size", property(lambda self: 2))
+
+    def begin(**more):
+        arguments = make_arguments(tmp_path, num_train_epochs=2, **more)
+        loss = GradientDecayLossFunc(GradientDecayConfig())
+        callback = GradientDecayCallback(loss)
+        callback.on_train_begin(
+            arguments, SimpleNamespace(max_steps=4, global_step=0), None, make_model("bert"), [0, 1]
+        )
+
+    begin(eval_strategy="steps", eval_steps=1)
+    with pytest.raises(ValueError, match="the processes have 1 to 2 updates an epoch, and would wait for each other"):
+        begin(eval_strategy="epoch")

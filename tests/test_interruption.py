@@ -16,9 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from gd_plugin.cli import recipes_folder
 from gd_plugin.record import read_record
+from gd_plugin.train import prepare
 
 # 24 updates an epoch, 72 in all, a checkpoint after every third; dropout makes the state of the random numbers matter.
 WORDS = [
@@ -79,6 +82,7 @@ def test_kills_at_random_moments(start, train, small, uninterrupted, tmp_path, k
             assert_same(folder, uninterrupted)
             folder = next(runs)
     assert len(set(places)) > kills / 2
+    assert cut_short or kills < 20
     figure("kills of a training", f"{kills}, {cut_short} of them in the middle of a checkpoint")
     train(*small, *WORDS, *(["--resume"] if folder.exists() else []), output_dir=folder)
     assert_same(folder, uninterrupted)
@@ -115,33 +119,60 @@ def test_another_schedule_is_found(train, small, uninterrupted, tmp_path):
         assert_same(tmp_path / "out", uninterrupted)
 
 
+def test_a_checkpoint_is_whole_when_all_processes_have_written_to_it(train, small, tmp_path, monkeypatch):
+    """The state, which is looked for, is written after a barrier behind every process's random numbers."""
+    seen = []
+    real = Accelerator.wait_for_everyone
+
+    def wait(self):
+        paths = (tmp_path / "out").glob("checkpoint-*")
+        seen.extend(((p / "rng_state.pth").exists(), (p / "trainer_state.json").exists()) for p in paths)
+        real(self)
+
+    monkeypatch.setattr(Accelerator, "wait_for_everyone", wait)
+    train(*small, *WORDS, "--num_train_epochs", "1", "--gd_warmup_steps", "9", output_dir=tmp_path / "out")
+    assert (True, False) in seen
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_are_killed(small, tmp_path, kills, figure):
-    """Both at once, as a machine that goes down does it, and one of them alone, which ends the other."""
-    words = [*small, *WORDS, "--gd_warmup_steps", "30"]  # of 36: each update takes the samples of two
+    """Both at once, as a machine that goes down does it; one of them alone, which ends the other; and by a Ctrl-C that
+    they see at different times."""
+    words = [*small, *WORDS, "--gd_warmup_steps", "30", "--augmentation", "crop_flip"]  # of 36: an update takes two
     torchrun(words, tmp_path / "whole")
     folder = tmp_path / "out"
-    which = (False, True, False) if kills > 3 else (True,)
-    for kill, alone in enumerate(which):
-        process = popen(
-            [*words, "--resume"] if (folder / "args.yaml").exists() else words, folder, tmp_path / f"{kill}"
-        )
-        before = steps(folder)
-        wait_until(lambda before=before: steps(folder) > before, _Alive(process), 240)
-        assert process.poll() is None, (tmp_path / f"{kill}").read_text()
-        workers = [int(pid) for pid in children(process)]
-        assert len(workers) == 2
-        if alone:
-            os.kill(workers[1], signal.SIGKILL)
-            assert process.wait(120) != 0  # torchrun ends the rest
-        else:
+    which = ("both", "one", "both", "ctrl-c") if kills > 3 else ("ctrl-c",)
+    for kill, how in enumerate(which):
+        log = tmp_path / f"{kill}"
+        process = popen([*words, "--resume"] if (folder / "args.yaml").exists() else words, folder, log)
+        workers = []
+        try:
+            before = steps(folder)
+            wait_until(lambda before=before: steps(folder) > before, _Alive(process), 240)
+            assert process.poll() is None, log.read_text()
+            workers = [int(pid) for pid in children(process)]
+            assert len(workers) == 2
+            if how == "ctrl-c":
+                os.kill(workers[0], signal.SIGINT)
+                time.sleep(0.3)
+                os.kill(workers[1], signal.SIGINT)
+                assert process.wait(120) != 0
+                assert log.read_text().count("gd-plugin: stopped after update") == 1
+                assert steps(folder) % 10 == 0  # where they agree
+            elif how == "one":
+                os.kill(workers[1], signal.SIGKILL)
+                assert process.wait(120) != 0  # torchrun ends the rest
+        finally:
             for pid in (process.pid, *workers):  # each worker has a group of its own
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait(60)
+    with pytest.raises(ValueError, match=r"checkpoint-\d+ was left by 2 process\(es\), not 1"):
+        prepare([*words, "--resume", "--output_dir", str(folder)], recipes_folder())
     torchrun([*words, "--resume"], folder)
     assert_same(folder, tmp_path / "whole")
-    figure("kills of a training with two processes", len(which))
+    figure("interruptions of a training with two processes", len(which))
 
 
 class _Alive:
@@ -168,7 +199,10 @@ def popen(words, folder, log):
 def torchrun(words, folder):
     log = folder.with_suffix(".log")
     process = popen(words, folder, log)
-    assert process.wait(300) == 0, log.read_text()
+    try:
+        assert process.wait(300) == 0, log.read_text()
+    finally:
+        process.terminate()  # it ends what it has started
 
 
 # The disk -------------------------------------------------------------------------------------------------------------

@@ -15,15 +15,24 @@ from gd_plugin.terminal import Console
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "gd_plugin").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")])
-MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-CALLS = {"eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.full_load", "yaml.unsafe_load"}
+MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "builtins"}
+CALLS = {
+    "eval", "exec", "__import__", "os.system", "os.popen", "yaml.load", "yaml.full_load", "yaml.unsafe_load",
+    "pandas.read_pickle", "subprocess.getoutput", "subprocess.getstatusoutput", "torch.jit.load", "torch.hub.load",
+    "runpy.run_path", "numpy.lib.format.read_array", *(f"os.exec{how}" for how in ("l", "le", "lp", "v", "ve", "vp")),
+}  # fmt: skip
 LOADERS = {"yaml.Loader", "yaml.FullLoader", "yaml.UnsafeLoader"}
 RUNS_THE_USERS_SCRIPT = {"timm_launch.py": {"exec"}}  # the train.py that the user names
 
 
 def unsafe(source: str) -> list[str]:
-    """What in a source is not safe, in order."""
-    found = []
+    """What in a source is not safe, in order; under whatever name it was imported."""
+    found, names = [], {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.asname: alias.name for alias in node.names if alias.asname}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name.split(".")[0] in MODULES]
@@ -32,7 +41,11 @@ def unsafe(source: str) -> list[str]:
         elif isinstance(node, ast.Attribute) and ast.unparse(node) in LOADERS:
             found.append(ast.unparse(node))
         elif isinstance(node, ast.Call):
-            name, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            first, *rest = ast.unparse(node.func).split(".")
+            name = ".".join([names.get(first, first), *rest])
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if "trust_remote_code" in given.get(None, "") or (name == "numpy.load" and len(node.args) > 2):
+                found.append(name)
             if name in CALLS:
                 found.append(name)
             if name == "torch.load" and given.get("weights_only") != "True":
@@ -61,6 +74,15 @@ def test_nothing_unsafe(path):
         "np.load(path, allow_pickle=True)",
         "subprocess.run(command, shell=True)",
         "eval(text)",
+        "from torch import load; load(path)",
+        "from os import system as run; run(text)",
+        "from yaml import unsafe_load; unsafe_load(text)",
+        "import pandas as pd; pd.read_pickle(path)",
+        "import numpy as np; np.load(path, None, True)",
+        "subprocess.getoutput(text)",
+        "torch.hub.load(text, text)",
+        "runpy.run_path(path)",
+        "AutoModel.from_pretrained(name, **{'trust_remote_code': True})",
         "os.system(text)",
     ],
 )

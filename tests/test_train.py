@@ -31,6 +31,7 @@ from transformers import (
 
 from gd_plugin.arguments import DataArguments
 from gd_plugin.data import PreparedImages, load_data
+from gd_plugin.hf import GradientDecayTrainingArguments
 from gd_plugin.metrics import METRICS, classification_metrics
 from gd_plugin.record import read_record
 
@@ -350,6 +351,14 @@ def test_processes_that_the_trainer_does_not_see(tmp_path):
         "gd-plugin: error: 2 processes were started, and the Trainer sees 1; on the CPU add --use_cpu true, elsewhere "
         "start them with torchrun or accelerate launch\n"
     )
+
+
+def test_batches_that_do_not_come_out_even_over_processes(command, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(GradientDecayTrainingArguments, "world_size", property(lambda self: 2))
+    words = [*small, "--max_train_samples", "70", "--accelerator_config", '{"even_batches": false}']
+    code, _, err = command("train", "--dataset", "digits", *words, "--output_dir", tmp_path / "out")
+    assert code == 2 and "even_batches false: the 3 batches of an epoch do not come out even over 2 processes" in err
+    assert not (tmp_path / "out").exists()
 
 
 # The output folder ----------------------------------------------------------------------------------------------------

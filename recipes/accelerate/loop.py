@@ -40,6 +40,11 @@ def train(model: nn.Module, data: Dataset, config: GradientDecayConfig, epochs=1
         # The same order on every process, and no sample twice to fill up the last batch.
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, even_batches=False),
     )
+    if batch % (accumulation * accelerator.num_processes):
+        raise ValueError(
+            f"{batch} samples an update do not come out even over {accelerator.num_processes} processes and "
+            f"{accumulation} micro-batches: choose another batch or accumulation"
+        )
     loader = DataLoader(data, batch // (accumulation * accelerator.num_processes), shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr), loader)
 
