@@ -171,7 +171,7 @@ def _torch_linear(**options) -> Callable[[Case], Step]:
         if not hasattr(F, "linear_cross_entropy"):
             raise ImportError("needs torch >= 2.15")
         if options:
-            from torch.nn.functional import LinearCrossEntropyOptions
+            from torch.nn import LinearCrossEntropyOptions
 
             more = {"options": LinearCrossEntropyOptions(**options)}
         else:
@@ -393,7 +393,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m gd_plugin.bench",
         description="Times the loss beside its peers, interleaved in one run; prints ratios, writes bench.json and "
-        "classes.png. About ten minutes on two CPU cores.",
+        "classes.png. About half an hour on two CPU cores.",
     )
     parser.add_argument("--output_dir", type=Path, default=Path("bench"), help="default: bench")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all of them")
@@ -427,7 +427,7 @@ def run(options, console: Console) -> dict:
         Case(part, shape, dtype, device)
         for part, shapes in (
             ("logits", SHAPES if device == "cpu" else GPU_SHAPES),
-            ("smoothing", SHAPES[1:3]),
+            ("smoothing", SHAPES[2:3]),
             ("linear", (LINEAR,)),
             ("classes", tuple((ROWS, classes) for classes in CLASSES)),
         )
