@@ -342,11 +342,11 @@ def summary(routes: dict[str, dict], base: str) -> dict[str, tuple[float, float,
     return {name: (values[0], statistics.median(values), values[-1]) for name, values in ratios.items()}
 
 
-def growth(points: list[dict]) -> float:
+def growth(points: list[dict], route: str = _OURS) -> float:
     """The exponent with which time grows with the number of classes, fitted from 10,000 on: 1 is linear."""
     large = [point for point in points if point["classes"] >= 10_000]
     x = np.log([point["classes"] for point in large])
-    y = np.log([statistics.median(point["routes"][_OURS]["seconds"]) for point in large])
+    y = np.log([statistics.median(point["routes"][route]["seconds"]) for point in large])
     return float(np.polyfit(x, y, 1)[0])
 
 
@@ -482,7 +482,10 @@ def run(options, console: Console) -> dict:
     if result["classes"]:
         plot_classes(result, options.output_dir / "classes.png")
         if max(point["classes"] for point in result["classes"]) > 10_000:
-            console.print(f"time grows with the number of classes to the power of {growth(result['classes']):.2f}")
+            powers = ", ".join(f"{name} {growth(result['classes'], name):.2f}" for name in _DRAWN)
+            console.print(
+                f"time grows with the number of classes to the power of: {powers}", soft_wrap=True, markup=False
+            )
     for step in result["step"]:
         low, median, high = step_ratio(step)
         console.print(

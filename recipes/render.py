@@ -16,8 +16,10 @@ from pathlib import Path
 from scipy import stats
 
 from gd_plugin import markdown
+from gd_plugin.bench import growth, step_ratio
+from gd_plugin.bench import summary as summary_of_times
 from gd_plugin.card import study_card
-from gd_plugin.record import STUDY_FILE, json_text, read_record, write_atomic
+from gd_plugin.record import STUDY_FILE, hardware, json_text, read_record, write_atomic
 from gd_plugin.stats import COLUMNS, StudyResults, Summary, read_study
 from gd_plugin.study_report import csv_table, difference, markdown_tables, mean_and_sd
 
@@ -107,6 +109,44 @@ def diagnosis() -> str:
     return "\n".join(f"- {name}: {markdown.plain(claim['conclusion'])}" for name, claim in claims.items())
 
 
+def bench() -> dict[str, str]:
+    """What `python -m gd_plugin.bench` measured: a table of the logits' routes, one of a linear head's, the rest."""
+    result = json.loads((RESULTS / "bench/bench.json").read_bytes())
+    blocks = {}
+    for part in ("logits", "smoothing", "linear"):
+        cases = [case for case in result["cases"] if case["name"].startswith(part)]
+        base = next(iter(cases[0]["routes"]))
+        found = [summary_of_times(case["routes"], base) for case in cases]
+        rows = []
+        for name, route in cases[0]["routes"].items():
+            if "absent" in route:
+                continue
+            cells = []
+            for case, ratios in zip(cases, found, strict=True):
+                low, median, high = ratios[name]
+                peak = case["routes"][name].get("peak")
+                mib = "" if peak is None else f", {peak / 2**20:.0f} MiB"
+                cells.append(f"{median:.2f} ({low:.2f} to {high:.2f}){mib}")
+            rows.append([name, *cells])
+        head = [f"time / {base}", *(case["name"].removeprefix(f"{part} ") for case in cases)]
+        blocks[f"bench_{part}"] = markdown.table(head, rows)
+    steps = "; ".join(
+        f"of a {step['model']} of {step['parameters'] / 1e6:.1f} million weights, batch {step['batch']}, "
+        f"{median:.3f} ({low:.3f} to {high:.3f})"
+        for step in result["step"]
+        for low, median, high in [step_ratio(step)]
+    )
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "transformers", "timm"))
+    blocks["bench_rest"] = (
+        "A step of `GradientDecayTrainer` with a warm-up in units of the Trainer's with its own cross-entropy, median "
+        f"and quartiles of blocks of steps in turns: {steps}. From 10,000 classes to a million, time grows with their "
+        f"number to the power of {growth(result['classes']):.2f}, that of `F.cross_entropy` to the power of "
+        f"{growth(result['classes'], 'F.cross_entropy'):.2f}. Measured in {result['rounds']} rounds with beta "
+        f"{result['beta']:g} on {hardware(result)}; {versions}; commit {result['commit'][:10]}."
+    )
+    return blocks
+
+
 def evidence(name: str, study: StudyResults) -> str:
     """Every number of the card, unrounded, and where the records are that it is computed from."""
     content = {
@@ -136,7 +176,8 @@ def rendered() -> dict[Path, str]:
     text = readme.read_text(encoding="utf-8")
     blocks = {f"table: {name}": summary(name, study) for name, study in found.items()}
     blocks |= {"advice": advice(found), "claims": claims(found), "diagnosis": diagnosis(), "routes": routes()}
-    for marker in re.findall(r"<!-- (table: \w+|advice|claims|diagnosis|routes) -->", text):
+    blocks |= bench()
+    for marker in re.findall(r"<!-- (table: \w+|advice|claims|diagnosis|routes|bench_\w+) -->", text):
         # From the marker to the first empty line.
         pattern = rf"(<!-- {re.escape(marker)} -->\n).*?(?=\n\n)"
         text = re.sub(pattern, lambda match, block=blocks[marker]: match[1] + block, text, flags=re.DOTALL)

@@ -102,7 +102,7 @@ def _shell(command, folder):
 
 def test_the_readme_has_snippets():
     assert (
-        len(PYTHON) == 8 and len(SHELL) == 14 and len(DIFFS) == 2 and len(TIMM) == 4 and set(SETUP) == {"demo", "test"}
+        len(PYTHON) == 8 and len(SHELL) == 15 and len(DIFFS) == 2 and len(TIMM) == 4 and set(SETUP) == {"demo", "test"}
     )
     assert {language for language, _ in BLOCKS} == {"diff", "python", "bash", "bibtex"}
 
@@ -220,6 +220,12 @@ def test_many_processes_command(command, tmp_path):
         assert (tmp_path / "runs/accelerate_loop/model.safetensors").exists()
     else:
         assert read_record(tmp_path / "runs/digits/beta-5/record.json")["hardware"]["processes"] == 2
+
+
+def test_bench_command(tmp_path):
+    (command,) = (command for command in SHELL if "gd_plugin.bench" in command)
+    assert "gradient-decay" not in _shell(f"{command} --parts classes --largest 400 --rounds 1", tmp_path)
+    assert (tmp_path / "bench/bench.json").exists() and (tmp_path / "bench/classes.png").exists()
 
 
 def test_setup_commands_are_the_ones_that_ci_runs():
