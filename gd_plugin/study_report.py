@@ -6,6 +6,7 @@ import base64
 import csv
 import html
 import io
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -148,6 +149,13 @@ def _notes(
         )
     elif len(study.seeds) == 1:
         notes.append("One seed: no deviations, intervals or p-values can be given, and differences may be chance.")
+    made = {
+        (str(record.get("commit")), json.dumps([record.get("versions"), record.get("hardware")], sort_keys=True))
+        for method in study.methods
+        for record in method.records.values()
+    }
+    if len(made) > 1:
+        notes.append(strong("The runs are not all of one commit, one set of versions and one kind of hardware."))
     if study.missing:
         runs = "1 run is" if study.missing == 1 else f"{study.missing} runs are"
         notes.append(strong(f"{runs} missing: the study was stopped, or some of its runs failed."))

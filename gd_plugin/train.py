@@ -83,6 +83,8 @@ def prepare(argv: list[str], recipes: Path) -> Job:
     for run in runs:
         if run.args.process_index == 0:  # the others may be late, and would find what it has written since
             check_folder(run, options)
+    if options.resume and not Path(options.output_dir).exists():
+        raise ValueError(f"--resume: there is no {options.output_dir}; give the --output_dir of the run to go on with")
     check_runs(runs)
     for run in runs:
         refuse_data_parallel(run.args)

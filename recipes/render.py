@@ -16,7 +16,7 @@ from pathlib import Path
 from scipy import stats
 
 from gd_plugin import markdown
-from gd_plugin.bench import growth, step_ratio
+from gd_plugin.bench import growth, peak_in_mib, step_ratio
 from gd_plugin.bench import summary as summary_of_times
 from gd_plugin.card import study_card
 from gd_plugin.record import STUDY_FILE, hardware, json_text, read_record, write_atomic
@@ -124,8 +124,8 @@ def bench() -> dict[str, str]:
             cells = []
             for case, ratios in zip(cases, found, strict=True):
                 low, median, high = ratios[name]
-                peak = case["routes"][name].get("peak")
-                mib = "" if peak is None else f", {peak / 2**20:.0f} MiB"
+                mib = peak_in_mib(name, case["routes"][name])
+                mib = f", {mib} MiB" if mib else ""
                 cells.append(f"{median:.2f} ({low:.2f} to {high:.2f}){mib}")
             rows.append([name, *cells])
         head = [f"time / {base}", *(case["name"].removeprefix(f"{part} ") for case in cases)]

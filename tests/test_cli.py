@@ -110,6 +110,7 @@ BAD = [
         f"{DIGITS} --ignore_data_skip",
         r"--ignore_data_skip: a training that goes on would see other batches; leave it out",
     ),
+    ("train digits --resume --output_dir {T}/nothere", r"--resume: there is no \S+/nothere; give the --output_dir of"),
     (f"{DIGITS} --xyzzy", r"--xyzzy is not a flag of gd-plugin train; --help lists them\n"),
     (f"{DIGITS} --resum", r"--resum is not a flag of gd-plugin train; did you mean resume\?\n"),
     (f"{DIGITS} --image_size big", r"argument --image_size/--image-size: invalid int value: 'big'\n"),

@@ -487,6 +487,15 @@ def test_one_seed(report, grid, tmp_path, undrawn):
             assert all(len(numbers(cell)) == 1 for cell in row[1:]) or head[1].startswith("epochs")
 
 
+def test_runs_of_several_commits_are_said_to_be(report, tmp_path, undrawn):
+    note = "The runs are not all of one commit, one set of versions and one kind of hardware."
+    for name, changed, expected in (("same", {}, False), ("other", {"commit": "0" * 40}, True)):
+        records = runs(METHODS, 2)
+        records[-1] |= changed
+        folder = write_study(tmp_path / name, records)
+        assert bool(said(folder, report(folder), note)) == expected
+
+
 def test_missing_runs(report, grid, tmp_path, undrawn):
     folder = write_study(tmp_path / "study", runs(METHODS, 2)[:-1], seeds=[0, 1, 2])
     out = report(folder)
