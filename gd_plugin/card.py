@@ -179,10 +179,8 @@ def study_card(study: StudyResults, pictures: list[str], method: str | None = No
     if chosen is None:
         raise ValueError(f"--method {method!r}: the methods are {', '.join(m.name for m in study.methods)}")
     record = next(iter(chosen.records.values()))
-    record = {
-        **record,
-        "config": {key: value for key, value in record["config"].items() if key != "seed"},
-    }  # of several
+    shared = {key: value for key, value in record["config"].items() if key != "seed"}  # the card is of several
+    record = {**record, "config": shared}
     keys = [key for _, key, *_ in _METRICS]
     rows = [
         [f"this method: {m.name}" if m is chosen else m.name, len(m.records)]

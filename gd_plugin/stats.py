@@ -121,7 +121,7 @@ def read_plan(folder: Path) -> dict:
         asked = load_json(path.read_bytes())
         if wrong := shape.problem(asked, shape.STUDY, "it"):
             raise ValueError(wrong)
-        names, _ = asked["methods"], asked["seeds"]
+        names, _ = asked["methods"], asked["seeds"]  # a KeyError where one is missing
         if not names:
             raise ValueError("it names no method")
     except FileNotFoundError:

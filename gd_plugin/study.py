@@ -285,8 +285,7 @@ class _Worker:
 
 
 def _threads(study: Study) -> int:
-    cores = os.cpu_count() or 1
-    return max(1, min(cores // study.jobs, int(os.environ.get("OMP_NUM_THREADS", cores))))
+    return max(1, min((os.cpu_count() or 1) // study.jobs, torch.get_num_threads()))  # which OMP_NUM_THREADS sets
 
 
 _worker: _Worker | None = None  # of a worker process
