@@ -12,20 +12,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor
 
-from .functional import gradient_decay_cross_entropy
-from .linear import linear_gradient_decay_cross_entropy
+from .bench_routes import BETA, DRAWN, OURS, Case, Step
 from .parser import Parser
 from .plots import COLOURS, save
 from .record import environment, json_text, write_json
@@ -33,7 +29,6 @@ from .terminal import Console
 
 __all__ = ["main"]
 
-BETA, SMOOTHING, MARGIN = 5.0, 0.1, 0.35
 SHAPES = ((128, 10), (1024, 1000), (4096, 1000), (2048, 50257))
 GPU_SHAPES = (*SHAPES, (8192, 128256))
 LINEAR = (2048, 256, 50257)
@@ -41,211 +36,6 @@ CLASSES = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
 ROWS = 32  # of the logits of so many classes
 SHORTEST = 5e-3  # seconds: what is faster is repeated within a measurement
 PARTS = ("logits", "smoothing", "linear", "classes", "step")
-
-Step = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One comparison: its routes in a table, the first of them the baseline."""
-
-    part: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.part} {' x '.join(map(str, self.shape))}, {str(self.dtype).removeprefix('torch.')}"
-
-    @property
-    def routes(self) -> dict[str, Callable[[Case], Step]]:
-        if self.part == "classes":
-            return {name: _ROUTES["logits"][name] for name in _DRAWN}
-        return _ROUTES[self.part]
-
-    @property
-    def bytes_moved(self) -> int:
-        """The least there is to move: the logits read once, their gradient written once."""
-        return 2 * self.shape[0] * self.shape[-1] * self.dtype.itemsize
-
-    def logits(self) -> tuple[Tensor, Tensor]:
-        rows, classes = self.shape
-        generator = torch.Generator(self.device).manual_seed(0)
-        logits = torch.randn(rows, classes, generator=generator, device=self.device).to(self.dtype)
-        target = torch.randint(classes, (rows,), generator=generator, device=self.device)
-        return logits.requires_grad_(), target
-
-    def head(self) -> tuple[Tensor, Tensor, Tensor]:
-        rows, width, classes = self.shape
-        generator = torch.Generator(self.device).manual_seed(0)
-        input = torch.randn(rows, width, generator=generator, device=self.device).to(self.dtype)
-        weight = (torch.randn(classes, width, generator=generator, device=self.device) / 16).to(self.dtype)
-        target = torch.randint(classes, (rows,), generator=generator, device=self.device)
-        return input.requires_grad_(), weight.requires_grad_(), target
-
-
-# Routes: a case in, what is timed out. What cannot be had raises ImportError or RuntimeError, one line.
-
-
-def _of_logits(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Case], Step]:
-    def prepare(case: Case) -> Step:
-        logits, target = case.logits()
-
-        def step() -> None:
-            logits.grad = None
-            loss(logits, target).backward()
-
-        return step
-
-    return prepare
-
-
-def _compiled(loss: Callable[..., Tensor]) -> Callable[[Case], Step]:
-    return lambda case: _of_logits(torch.compile(loss, dynamic=False))(case)
-
-
-def _ours(logits: Tensor, target: Tensor) -> Tensor:
-    return gradient_decay_cross_entropy(logits, target, BETA)
-
-
-def _ours_smoothed(logits: Tensor, target: Tensor) -> Tensor:
-    return gradient_decay_cross_entropy(logits, target, BETA, label_smoothing=SMOOTHING)
-
-
-def _smoothed(logits: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(logits, target, label_smoothing=SMOOTHING)
-
-
-def _margin_by_hand(logits: Tensor, target: Tensor) -> Tensor:
-    """As users write it: the margin log(beta) added to a clone of the logits."""
-    shifted = logits.clone()
-    rows = torch.arange(len(target), device=target.device)
-    shifted[rows, target] = shifted[rows, target] + torch.log(torch.tensor(BETA))
-    return F.cross_entropy(shifted, target)
-
-
-def _textbook(logits: Tensor, target: Tensor) -> Tensor:
-    """As the paper has it, with one-hot vectors and exponentials."""
-    onehot = F.one_hot(target, logits.shape[1])
-    exp = (logits - logits.amax(1, keepdim=True)).exp()
-    of_target = (exp * onehot).sum(1)
-    return -(of_target / (exp.sum(1) + (BETA - 1) * of_target)).log().mean()
-
-
-def _liger(case: Case) -> Step:
-    _needs_gpu(case, "Triton")
-    from liger_kernel.transformers import LigerCrossEntropyLoss
-
-    loss = LigerCrossEntropyLoss()
-    return _of_logits(lambda logits, target: loss(logits.clone(), target))(case)  # it overwrites what it is given
-
-
-def _poly(case: Case) -> Step:
-    from timm.loss import PolyCrossEntropy  # from timm 1.0.31 on
-
-    return _of_logits(PolyCrossEntropy())(case)
-
-
-def _timm_smoothing(case: Case) -> Step:
-    from timm.loss import LabelSmoothingCrossEntropy
-
-    return _of_logits(LabelSmoothingCrossEntropy(SMOOTHING))(case)
-
-
-def _of_head(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Case], Step]:
-    def prepare(case: Case) -> Step:
-        input, weight, target = case.head()
-
-        def step() -> None:
-            input.grad = weight.grad = None
-            loss(input, weight, target).backward()
-
-        return step
-
-    return prepare
-
-
-def _torch_linear(**options) -> Callable[[Case], Step]:
-    def prepare(case: Case) -> Step:
-        if not hasattr(F, "linear_cross_entropy"):
-            raise ImportError("needs torch >= 2.15")
-        if options:
-            from torch.nn import LinearCrossEntropyOptions
-
-            more = {"options": LinearCrossEntropyOptions(**options)}
-        else:
-            more = {}
-        return _of_head(lambda input, weight, target: F.linear_cross_entropy(input, weight, target, **more))(case)
-
-    return prepare
-
-
-def _liger_linear(case: Case) -> Step:
-    _needs_gpu(case, "Triton")
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    loss = LigerFusedLinearCrossEntropyLoss()
-    return _of_head(lambda input, weight, target: loss(weight, input, target))(case)
-
-
-def _cut(case: Case) -> Step:
-    _needs_gpu(case, "Triton")
-    from cut_cross_entropy import linear_cross_entropy
-
-    return _of_head(lambda input, weight, target: linear_cross_entropy(input, weight, target, filter_eps=None))(case)
-
-
-def _metric_learning(case: Case) -> Step:
-    from pytorch_metric_learning.losses import CosFaceLoss
-
-    _, width, classes = case.shape
-    input, weight, target = case.head()
-    loss = CosFaceLoss(num_classes=classes, embedding_size=width, margin=MARGIN)
-    loss.W = torch.nn.Parameter(weight.detach().t().contiguous())
-
-    def step() -> None:
-        input.grad = loss.W.grad = None
-        loss(input, target).backward()
-
-    return step
-
-
-def _needs_gpu(case: Case, what: str) -> None:
-    if case.device == "cpu":
-        raise RuntimeError(f"{what}: a GPU")
-
-
-_OURS = "gradient-decay"
-_DRAWN = ("F.cross_entropy", _OURS, "by hand: one-hot")  # against the number of classes
-_ROUTES: dict[str, dict[str, Callable[[Case], Step]]] = {
-    "logits": {
-        "F.cross_entropy": _of_logits(F.cross_entropy),
-        _OURS: _of_logits(_ours),
-        "F.cross_entropy, compiled": _compiled(F.cross_entropy),
-        f"{_OURS}, compiled": _compiled(_ours),
-        "Liger cross-entropy": _liger,
-        "timm PolyCrossEntropy": _poly,
-        "by hand: margin on a clone": _of_logits(_margin_by_hand),
-        "by hand: one-hot": _of_logits(_textbook),
-    },
-    "smoothing": {
-        "F.cross_entropy, smoothing 0.1": _of_logits(_smoothed),
-        f"{_OURS}, smoothing 0.1": _of_logits(_ours_smoothed),
-        f"{_OURS}, smoothing 0.1, compiled": _compiled(_ours_smoothed),
-        "timm LabelSmoothingCrossEntropy": _timm_smoothing,
-    },
-    "linear": {
-        "F.linear + F.cross_entropy": _of_head(lambda i, w, t: F.cross_entropy(F.linear(i, w), t)),
-        f"{_OURS}, linear": _of_head(lambda i, w, t: linear_gradient_decay_cross_entropy(i, w, t, BETA)),
-        f"F.linear + {_OURS}": _of_head(lambda i, w, t: _ours(F.linear(i, w), t)),
-        "F.linear_cross_entropy": _torch_linear(),
-        "F.linear_cross_entropy, 512 rows": _torch_linear(batch_chunk_size=512, chunking_method=None),
-        "Liger fused linear": _liger_linear,
-        "cut-cross-entropy": _cut,
-        "pytorch-metric-learning CosFace": _metric_learning,
-    },
-}
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
@@ -342,7 +132,7 @@ def summary(routes: dict[str, dict], base: str) -> dict[str, tuple[float, float,
     return {name: (values[0], statistics.median(values), values[-1]) for name, values in ratios.items()}
 
 
-def growth(points: list[dict], route: str = _OURS) -> float:
+def growth(points: list[dict], route: str = OURS) -> float:
     """The exponent with which time grows with the number of classes, fitted from 10,000 on: 1 is linear."""
     large = [point for point in points if point["classes"] >= 10_000]
     x = np.log([point["classes"] for point in large])
@@ -377,7 +167,7 @@ def plot_classes(result: dict, path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2)
     points = result["classes"]
-    for colour, name in zip(COLOURS, _DRAWN, strict=False):
+    for colour, name in zip(COLOURS, DRAWN, strict=False):
         x = [point["classes"] for point in points]
         panels[0].loglog(
             x, [1e3 * statistics.median(p["routes"][name]["seconds"]) for p in points], "o-", color=colour, label=name
@@ -487,7 +277,7 @@ def run(options, console: Console) -> dict:
     if result["classes"]:
         plot_classes(result, options.output_dir / "classes.png")
         if max(point["classes"] for point in result["classes"]) > 10_000:
-            powers = ", ".join(f"{name} {growth(result['classes'], name):.2f}" for name in _DRAWN)
+            powers = ", ".join(f"{name} {growth(result['classes'], name):.2f}" for name in DRAWN)
             console.print(
                 f"time grows with the number of classes to the power of: {powers}", soft_wrap=True, markup=False
             )

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from gd_plugin import bench
-from gd_plugin.bench import Case, growth, main, peak, step_ratio, summary, table
+from gd_plugin import bench, bench_routes
+from gd_plugin.bench import growth, main, peak, step_ratio, summary, table
+from gd_plugin.bench_routes import Case
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,11 @@ def test_every_route_is_a_loss_with_a_gradient(part):
 
 def test_the_routes_by_hand_are_the_same_loss():
     logits, target = Case("logits", (6, 12), torch.float32, "cpu").logits()
-    expected = bench._ours(logits, target)
-    for loss in (bench._textbook, lambda *args: bench._margin_by_hand(*args) + torch.tensor(bench.BETA).log()):
+    expected = bench_routes._ours(logits, target)
+    for loss in (
+        bench_routes._textbook,
+        lambda *args: bench_routes._margin_by_hand(*args) + torch.tensor(bench_routes.BETA).log(),
+    ):
         torch.testing.assert_close(loss(logits, target), expected)
     assert abs(torch.nn.functional.cross_entropy(logits, target) - expected) > 1e-2
 
