@@ -44,7 +44,7 @@ DEFAULTS = {
     "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 # What a run is asked to do, as opposed to what it is.
-NOT_SETTINGS = ("output_dir", "overwrite", "resume", "runs", "study", "methods", "hub_token", "push_to_hub",
+NOT_SETTINGS = ("output_dir", "overwrite", "resume", "runs", "study", "methods", "classes", "hub_token", "push_to_hub",
                 "hub_model_id", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision")  # fmt: skip
 OF_STUDY = ("seeds", "jobs", "executor")
 PARENT_FOLDER = {"runs": "runs", "study": "studies"}
@@ -78,7 +78,9 @@ class DataArguments:
     test_split: str | None = HfArg(
         default=None, help="Split for the final metrics; by default `test`, or else the validation split."
     )
-    num_classes: int | None = HfArg(default=None, help="Refuse data with another number of classes.")
+    classes: list[str] | None = HfArg(
+        default=None, help="Names of the classes, in any order: data with others are refused."
+    )
     augmentation: Literal["none", "crop", "crop_flip"] = HfArg(
         default="none",
         help="Of training images, on the device: crop is a random shift by up to an eighth of the size, crop_flip also "

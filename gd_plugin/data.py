@@ -90,10 +90,10 @@ def load_data(args: DataArguments) -> ClassificationData:
         test = _first(test, args.max_eval_samples, "--max_eval_samples")
 
     names = _label_names(train, label_column)
-    if args.num_classes not in (None, len(names)):
+    if args.classes is not None and sorted(names) != sorted(args.classes):
         raise ValueError(
-            f"{args.data_dir or args.dataset} has {len(names)} classes, not --num_classes {args.num_classes}: this is "
-            "other data than the recipe is for"
+            f"{args.data_dir or args.dataset} has the classes {_some(names)}, not --classes {_some(args.classes)}: "
+            "this is other data than the recipe is for"
         )
     parts = [
         Split(part.select_columns(column).rename_column(column, "input"), _labels(part, label_column, names))
@@ -335,6 +335,11 @@ def _labels(data: Dataset, column: str, names: list[str]) -> torch.Tensor:
             "unlabelled split has -1); mend the data or choose other splits"
         )
     return labels
+
+
+def _some(names: list[str]) -> str:
+    shown = [name[:30] for name in names[:3]] + ["..."] * (len(names) > 3)
+    return f"{', '.join(shown)} ({len(names)})"
 
 
 def _public_name(dataset: str) -> str:

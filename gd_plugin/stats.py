@@ -14,7 +14,7 @@ from . import shape
 from .reading import load_json
 from .record import RECORD_FORMAT, STUDY_FILE, family, read_record
 
-__all__ = ["COLUMNS", "Method", "StudyResults", "Summary", "read_study"]
+__all__ = ["COLUMNS", "Method", "Pair", "StudyResults", "Summary", "correct", "read_study"]
 
 _NEEDED = ("gd.beta", "gd.beta_start", "dataset.name", "dataset.tested_on", "dataset.train", "dataset.test")
 
@@ -89,6 +89,15 @@ class Method:
 
 
 @dataclass
+class Pair:
+    """A warm-up beside the fixed beta that it ends at, and its differences to that, paired by seed as all others."""
+
+    warmup: Method
+    fixed: Method
+    summaries: dict[str, Summary]  # by key of COLUMNS, but for those that look at the baseline
+
+
+@dataclass
 class StudyResults:
     dataset: str
     tested_on: str
@@ -100,6 +109,19 @@ class StudyResults:
     @property
     def baseline(self) -> Method:
         return self.methods[0]
+
+    def pairs(self) -> list[Pair]:
+        """Every warm-up whose final beta is in the study too and is not the baseline, q corrected over these pairs."""
+        pairs = []
+        for warmup in (method for method in self.methods[1:] if method.family == "warm-up"):
+            ends = [m for m in self.methods[1:] if m.family == "fixed beta" and m.gd["beta"] == warmup.gd["beta"]]
+            pairs += [Pair(warmup, fixed, {}) for fixed in ends[:1]]
+        for key in COLUMNS:
+            if not key.startswith("epochs_to"):
+                for pair in pairs:
+                    pair.summaries[key] = _summary(key, pair.warmup, pair.fixed)
+                correct([pair.summaries[key] for pair in pairs])
+        return pairs
 
     def chosen(self, key: str) -> Method:
         """The method that is best on the validation split after the last epoch, by a key of a record's epochs."""
@@ -144,22 +166,27 @@ def read_study(folder: Path) -> StudyResults:
     asked = read_plan(folder)
     names, seeds = asked["methods"], asked["seeds"]
     found: dict[str, dict[int, dict]] = {name: {} for name in names}
+    data: dict[str, Any] = {}  # of the first record
     for seed in seeds:
         for file in sorted((folder / f"seed-{seed}").glob("*.json")):
             record = read_record(file, _NEEDED)
             if record["name"] in found:
                 if record["seed"] != seed:
                     raise ValueError(f"{file} is of seed {record['seed']}; it was moved, move it back")
+                if seed in found[record["name"]]:
+                    raise ValueError(f"{file} is a second record of {record['name']!r} with seed {seed}; remove one")
+                data = data or record["dataset"]
+                if record["dataset"] != data:
+                    raise ValueError(f"{file} is of other data than the records before it; remove it or train it again")
                 found[record["name"]][seed] = record
     methods = [Method(name, records) for name, records in found.items() if records]
     if not methods or methods[0].name != names[0]:
         raise ValueError(f"{folder} has no run of {names[0]!r} yet, with which the others are compared; let it go on")
     _summarise(methods)
-    described = next(iter(methods[0].records.values()))["dataset"]
     total = sum(len(method.records) for method in methods)
     return StudyResults(
-        dataset=described["name"],
-        tested_on=described["tested_on"],
+        dataset=data["name"],
+        tested_on=data["tested_on"],
         methods=methods,
         seeds=seeds,
         missing=len(names) * len(seeds) - total,
@@ -172,13 +199,19 @@ def _summarise(methods: list[Method]) -> None:
     for key in COLUMNS:
         for method in methods:
             method.summaries[key] = _summary(key, method, baseline)
-        compared = [m.summaries[key] for m in methods[1:] if not math.isnan(m.summaries[key].p)]
-        if compared:
-            for summary, q in zip(compared, stats.false_discovery_control([s.p for s in compared]), strict=True):
-                summary.q = float(q)
+        correct([method.summaries[key] for method in methods[1:]])
+
+
+def correct(summaries: list[Summary]) -> None:
+    """Set ``q`` of those that have a ``p``, corrected for their number (Benjamini and Hochberg 1995)."""
+    compared = [summary for summary in summaries if not math.isnan(summary.p)]
+    if compared:
+        for summary, q in zip(compared, stats.false_discovery_control([s.p for s in compared]), strict=True):
+            summary.q = float(q)
 
 
 def _summary(key: str, method: Method, baseline: Method) -> Summary:
+    """``baseline``: what to compare with, whose summary of this key is there already unless it is ``method``."""
     values = {seed: _value(key, record, baseline.records.get(seed)) for seed, record in method.records.items()}
     values = {seed: value for seed, value in values.items() if value is not None and math.isfinite(value)}
     summary = Summary(values, n=len(values))
@@ -197,7 +230,9 @@ def _summary(key: str, method: Method, baseline: Method) -> Summary:
         summary.difference = float(np.mean(differences))
     # 0.3 - 0.1 and 0.4 - 0.2 differ by rounding alone, and would have a p-value of 1e-16.
     rounding = 1e-12 * max((abs(value) for seed in seeds for value in (values[seed], of_baseline[seed])), default=0)
-    if len(differences) > 1 and np.ptp(differences) > rounding:
+    if len(differences) > 1 and max(map(abs, differences)) <= rounding:  # a comparison too, that q counts
+        summary.p, summary.low, summary.high = 1.0, 0.0, 0.0
+    elif len(differences) > 1 and np.ptp(differences) > rounding:
         test = stats.ttest_1samp(differences, 0.0)
         interval = test.confidence_interval(0.95)
         summary.p, summary.low, summary.high = float(test.pvalue), float(interval.low), float(interval.high)

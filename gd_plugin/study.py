@@ -31,7 +31,16 @@ from .arguments import Run, parse, parse_one
 from .fit import fit
 from .folder import check_writable
 from .parser import Parser
-from .record import RECORD_FORMAT, STUDY_FILE, json_text, publishable, publishable_words, read_record, write_json
+from .record import (
+    RECORD_FORMAT,
+    STUDY_FILE,
+    environment,
+    json_text,
+    publishable,
+    publishable_words,
+    read_record,
+    write_json,
+)
 from .stats import read_plan
 from .study_report import report
 from .terminal import Console
@@ -229,7 +238,7 @@ def _refuse_a_part(folder: Path, methods: list[str], seeds: int) -> None:
 
 def _complete(folder: Path, tasks: list[Task], dataset: dict, console: Console) -> dict[Path, dict]:
     """The records of the study that are there already, by their files; a damaged one is set aside."""
-    done = {}
+    done, here, commits = {}, environment(), set()
     for task in tasks:
         path = task.path(folder)
         if not path.exists():
@@ -260,7 +269,22 @@ def _complete(folder: Path, tasks: list[Task], dataset: dict, console: Console) 
                     f"{path} is of another study: {key} is {before.get(key, 'not set')} there and "
                     f"{now.get(key, 'not set')} here; choose another --output_dir, or train it again with --overwrite"
                 )
+        versions = record.get("versions", here["versions"])
+        if versions != here["versions"]:
+            raise ValueError(
+                f"{path} is of other versions: {_difference(versions, here['versions'])}; install those, choose "
+                "another --output_dir, or train it again with --overwrite"
+            )
+        commits.add(record.get("commit"))
         done[path] = record
+    if commits - {here["commit"]}:  # which need not change a result: a reader is told, here and in the report
+        commits = ", ".join(sorted(str(commit)[:10] for commit in commits - {here["commit"]}))
+        console.print(
+            f"the complete runs are of commit {commits}, those to come of {str(here['commit'])[:10]}: the report will "
+            "say so; --overwrite trains all of them again",
+            soft_wrap=True,
+            markup=False,
+        )
     return done
 
 

@@ -45,7 +45,7 @@ def plot_loss(study: StudyResults, path: str | os.PathLike) -> None:
             if not len(curve):
                 continue
             epoch, mean, low, high = curve.T
-            style = _BASELINE if i == 0 else _style(i - 1)
+            style = _BASELINE if i == 0 else _style(study.methods.index(method) - 1)  # as in `plot_accuracy_ece`
             handles += axes.plot(epoch, mean, **style)
             labels.append(names[place - 1][i])
             axes.fill_between(epoch, low, high, color=style["color"], alpha=0.15, linewidth=0)

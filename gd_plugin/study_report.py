@@ -26,6 +26,7 @@ __all__ = ["csv_table", "difference", "markdown_tables", "mean_and_sd", "report"
 # Tables of the report: title, and the columns by their keys.
 _RESULTS = ("accuracy", "nll", "brier", "ece", "adaptive_ece", "mce", "confidence_gap")
 _COMPARED = ("accuracy", "nll", "ece", "early_accuracy")
+_PAIRED = ("accuracy", "nll", "ece", "confidence_gap", "early_accuracy")
 _CALIBRATED = ("nll", "temperature/nll", "vector/nll", "ece", "temperature/ece", "vector/ece")
 _SPEED = ("epochs_to_loss", "epochs_to_accuracy")
 _PICTURES: dict[str, tuple[str, Callable]] = {
@@ -101,12 +102,17 @@ def _tables(study: StudyResults) -> list[tuple[str, list[str], list[list[str]]]]
         [m.name, str(len(m.records)), *(mean_and_sd(key, m.summaries[key]) for key in _RESULTS)] for m in study.methods
     ]
     compared = [[m.name, *(difference(key, m.summaries[key]) for key in _COMPARED)] for m in study.methods[1:]]
+    paired = [
+        [f"{p.warmup.name} / {p.fixed.name}", *(difference(key, p.summaries[key]) for key in _PAIRED)]
+        for p in study.pairs()
+    ]
     calibrated = [[m.name, *(mean_and_sd(key, m.summaries[key]) for key in _CALIBRATED)] for m in study.methods]
     speed = [[m.name, *(_reached(key, m, study.baseline) for key in _SPEED)] for m in study.methods]
     base = study.baseline.name
     tables = [
         ("Results", ["method", "n", *_titles(_RESULTS)], results),
         (f"Difference to {base}", ["method", *_titles(_COMPARED)], compared),
+        ("Difference of a warm-up to its final beta alone", ["methods", *_titles(_PAIRED)], paired),
         ("After calibration on the validation split", ["method", *_titles(_CALIBRATED)], calibrated),
         ("Epochs", ["method", *(COLUMNS[key].title.replace("the baseline", base) for key in _SPEED)], speed),
     ]
@@ -144,8 +150,8 @@ def _notes(
     if len(study.seeds) > 1 and len(study.methods) > 1:
         notes.append(
             f"Differences to {text(study.baseline.name)} are paired by seed: mean (95% interval, Student's t) and q, "
-            "the p-value of the paired t-test corrected for the number of methods (Benjamini-Hochberg). Few seeds "
-            "find only large differences."
+            "the p-value of the paired t-test corrected for the number of all methods, or of all warm-ups, that the "
+            "table compares (Benjamini-Hochberg). Few seeds find only large differences."
         )
     elif len(study.seeds) == 1:
         notes.append("One seed: no deviations, intervals or p-values can be given, and differences may be chance.")

@@ -20,7 +20,7 @@ from gd_plugin.bench import growth, peak_in_mib, step_ratio
 from gd_plugin.bench import summary as summary_of_times
 from gd_plugin.card import study_card
 from gd_plugin.record import STUDY_FILE, hardware, json_text, read_record, write_atomic
-from gd_plugin.stats import COLUMNS, StudyResults, Summary, read_study
+from gd_plugin.stats import COLUMNS, StudyResults, Summary, correct, read_study
 from gd_plugin.study_report import csv_table, difference, markdown_tables, mean_and_sd
 
 ROOT = Path(__file__).parent.parent
@@ -68,25 +68,40 @@ def claims(found: dict[str, StudyResults]) -> str:
         gaps = [methods[method].summaries["confidence_gap"] for method in ("beta 0.1", "cross-entropy", "beta 5")]
         ours = [m for m in study.methods[1:] if m.family in ("fixed beta", "warm-up")]
 
-        def significant(key: str, sign: int, ours: list = ours) -> str:
-            found = [m.name for m in ours if m.summaries[key].q < 0.05 and sign * m.summaries[key].difference > 0]
-            return ", ".join(found) or f"none of {len(ours)}"
+        def significant(key: str, better: int, ours: list = ours) -> str:
+            certain = [m for m in ours if m.summaries[key].q < 0.05]
+            parts = []
+            for word, sign in (("better", better), ("worse", -better)):
+                names = ", ".join(m.name for m in certain if sign * m.summaries[key].difference > 0)
+                parts.append(f"{word}: {names or 'none'}")
+            return "; ".join(parts)
 
-        cells = [significant("accuracy", 1), significant("accuracy", -1), significant("ece", -1)]
-        cells.append(significant("early_accuracy", 1))
-        rows.append([name, *(mean_and_sd("confidence_gap", gap) for gap in gaps), *cells])
-    head = ["recipe", "gap %, beta 0.1", "cross-entropy", "beta 5"]
-    return markdown.table([*head, "more accurate", "less accurate", "smaller ECE", "more accurate early"], rows)
+        cells = [significant("accuracy", 1), significant("early_accuracy", 1), significant("ece", -1)]
+        rows.append([name, len(ours), *(mean_and_sd("confidence_gap", gap) for gap in gaps), *cells])
+    head = ["recipe", "betas and warm-ups", "gap %, beta 0.1", "cross-entropy", "beta 5"]
+    return markdown.table([*head, "accuracy", "early accuracy", "ECE"], rows)
+
+
+def warmups(found: dict[str, StudyResults]) -> str:
+    """Per study: its warm-ups to beta 5 from the smallest start, beside beta 5 from the first update on."""
+    keys = ("accuracy", "ece", "confidence_gap", "early_accuracy")
+    rows = [
+        [name, pair.warmup.name, *(difference(key, pair.summaries[key]) for key in keys)]
+        for name, study in found.items()
+        for pair in study.pairs()
+        if pair.fixed.name == "beta 5" and re.fullmatch("0.01 to 5 over (50|100)%", pair.warmup.name)
+    ]
+    return markdown.table(["recipe", "warm-up", "accuracy %", "ECE %", "gap %", "early accuracy %"], rows)
 
 
 def routes() -> str:
-    """The same recipe by the Trainer and by timm's train.py: mean and deviation, and Welch's t-test between them."""
+    """The same recipe by the Trainer and by timm's train.py: mean, deviation, and the difference by Welch's t-test."""
     found = {
         (route, beta): [read_record(path) for path in sorted(RESULTS.glob(f"both_routes/{route}/beta-{beta}-*.json"))]
         for route in ("trainer", "timm")
         for beta in (1, 5)
     }
-    rows = []
+    rows, compared = [], []
     for beta in (1, 5):
         values = {
             route: {key: [record["final"][key] for record in found[route, beta]] for key in ("accuracy", "nll", "ece")}
@@ -98,8 +113,18 @@ def routes() -> str:
                 for key, v in metrics.items()
             ]
             rows.append([f"beta {beta}, {route}", len(metrics["nll"]), *cells])
-        p = [stats.ttest_ind(v, values["timm"][key], equal_var=False).pvalue for key, v in values["trainer"].items()]
-        rows.append([f"beta {beta}, p of the difference", "", *(f"{value:.2f}" for value in p)])
+        differences = {}
+        for key, v in values["trainer"].items():
+            test = stats.ttest_ind(v, values["timm"][key], equal_var=False)
+            low, high = test.confidence_interval(0.95)
+            mean = statistics.mean(v) - statistics.mean(values["timm"][key])
+            differences[key] = Summary({}, difference=mean, low=float(low), high=float(high), p=float(test.pvalue))
+        compared.append((len(rows), beta, differences))
+        rows.append([])
+    correct([summary for _, _, differences in compared for summary in differences.values()])
+    for place, beta, differences in compared:
+        cells = [difference(key, summary) for key, summary in differences.items()]
+        rows[place] = [f"beta {beta}, trainer minus timm", "", *cells]
     return markdown.table(["route", "n", "accuracy %", "NLL", "ECE %"], rows)
 
 
@@ -175,9 +200,15 @@ def rendered() -> dict[Path, str]:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     blocks = {f"table: {name}": summary(name, study) for name, study in found.items()}
-    blocks |= {"advice": advice(found), "claims": claims(found), "diagnosis": diagnosis(), "routes": routes()}
+    blocks |= {
+        "advice": advice(found),
+        "claims": claims(found),
+        "warmups": warmups(found),
+        "diagnosis": diagnosis(),
+        "routes": routes(),
+    }
     blocks |= bench()
-    for marker in re.findall(r"<!-- (table: \w+|advice|claims|diagnosis|routes|bench_\w+) -->", text):
+    for marker in re.findall(r"<!-- (table: \w+|advice|claims|warmups|diagnosis|routes|bench_\w+) -->", text):
         # From the marker to the first empty line.
         pattern = rf"(<!-- {re.escape(marker)} -->\n).*?(?=\n\n)"
         text = re.sub(pattern, lambda match, block=blocks[marker]: match[1] + block, text, flags=re.DOTALL)

@@ -61,7 +61,7 @@ def test_every_recipe_is_one(name, grid):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_of_every_recipe_takes_its_images(name):
     run = parse([name], RECIPES)[0][0]
-    classes = run.data.num_classes or 10
+    classes = len(run.data.classes or range(10))
     data = SimpleNamespace(name=name, kind="image", label_names=[str(i) for i in range(classes)])
     model, processor = build_model(run.model, data)
     size = processor.data_config["input_size"]
@@ -84,7 +84,7 @@ def test_the_twin_for_timm_says_the_same(name):
     run = parse([name], RECIPES)[0][0]
     twin = yaml.safe_load((RECIPES / f"timm/{name}.yaml").read_text())
     args, image_size = run.args, run.model.image_size
-    assert twin["dataset"] == f"hfds/{run.data.dataset}" and twin["num_classes"] == run.data.num_classes
+    assert twin["dataset"] == f"hfds/{run.data.dataset}" and twin["num_classes"] == len(run.data.classes)
     assert (twin["input_size"], twin["crop_pct"]) == ([3, image_size, image_size], 1.0)
     assert twin["train_split"] == f"train[:{run.data.max_train_samples or '90%'}]" and args.seed == 42  # timm's own
     assert twin["val_split"] == "train[90%:]" and run.data.validation_fraction == 0.1

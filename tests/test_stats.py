@@ -299,10 +299,37 @@ def test_one_seed(read):
     assert difference == pytest.approx(records[1]["final"]["nll"] - records[0]["final"]["nll"], abs=1e-15)
 
 
+def test_no_difference_at_all_has_a_p_of_one(read):
+    """And counts among the comparisons: to leave it out would make the others look more certain."""
+    base = (0.9, 0.8, 0.7)
+    records = with_final("accuracy", base=base, own=base, other=[x + 0.01 * i for i, x in enumerate(base, 1)])
+    _, own, other = (method.summaries["accuracy"] for method in read(records).methods)
+    assert (own.difference, own.low, own.high, own.p, own.q) == (0.0, 0.0, 0.0, 1.0, 1.0)
+    assert other.q == pytest.approx(2 * other.p) and other.p < 0.2
+
+
+def test_pairs_of_a_warm_up_and_its_final_beta(read, tmp_path):
+    more = {"0.1 to 5": {"gd": knobs(beta=5.0, beta_start=0.1, warmup_ratio=0.5)}}
+    more |= {"0.1 to 2": {"gd": knobs(beta=2.0, beta_start=0.1, warmup_ratio=0.5)}}  # whose end is not in the study
+    more |= {"0.1 to 1": {"gd": knobs(beta_start=0.1, warmup_ratio=0.5)}}  # whose end is the baseline
+    records = runs(METHODS | more, 4)
+    pairs = read(records).pairs()
+    assert [(pair.warmup.name, pair.fixed.name) for pair in pairs] == [("0.01 to 5", "beta 5"), ("0.1 to 5", "beta 5")]
+    for key in PLAIN:
+        tests = [ttest_rel(values(records, pair.warmup.name, key), values(records, "beta 5", key)) for pair in pairs]
+        for pair, test in zip(pairs, tests, strict=True):
+            summary = pair.summaries[key]
+            assert (summary.p, summary.low) == pytest.approx((test.pvalue, test.confidence_interval().low))
+            assert summary.difference != pytest.approx(pair.warmup.summaries[key].difference, rel=1e-3)
+        q = benjamini_hochberg([test.pvalue for test in tests])
+        assert [pair.summaries[key].q for pair in pairs] == pytest.approx(q)
+    without = runs({name: METHODS[name] for name in ("cross-entropy", "beta 5", "focal loss")}, 2)
+    assert read_study(write_study(tmp_path / "without", without)).pairs() == []
+
+
 @pytest.mark.parametrize(
     ("base", "own", "difference"),
     [
-        ((0.9, 0.8, 0.7), (0.9, 0.8, 0.7), 0.0),
         ((0.5, 0.75), (0.75, 1.0), 0.25),
         ((0.1, 0.2), (0.3, 0.4), 0.2),  # 0.3 - 0.1 is not 0.4 - 0.2 in binary: a p-value would be that of rounding
         ((355 / 360, 11 / 360, 111 / 360), (356 / 360, 12 / 360, 112 / 360), 1 / 360),
@@ -460,8 +487,8 @@ def test_a_record_from_before_there_were_other_losses(read):
 
 
 def test_what_was_asked_for(read):
-    dataset = record()["dataset"] | {"name": "flowers", "tested_on": "validation"}
-    study = read(runs({"b": {"dataset": dataset}, "a": {}}, 2), methods=["b", "c", "a"], seeds=[0, 1, 2])
+    other = {"dataset": record()["dataset"] | {"name": "flowers", "tested_on": "validation"}}
+    study = read(runs({"b": other, "a": other}, 2), methods=["b", "c", "a"], seeds=[0, 1, 2])
     assert [method.name for method in study.methods] == ["b", "a"]  # in the order of study.json; nothing of c yet
     assert [list(method.records) for method in study.methods] == [[0, 1], [0, 1]]
     assert (study.dataset, study.tested_on, study.seeds) == ("flowers", "validation", [0, 1, 2])
@@ -528,6 +555,21 @@ def test_no_run_of_the_first_method(tmp_path):
     assert refusal(folder) == why
     empty = write_study(tmp_path / "empty", [], methods=["a", "b"], seeds=[0])
     assert refusal(empty) == why.replace(str(folder), str(empty))
+
+
+def test_two_records_of_one_run(tmp_path):
+    folder = write_study(tmp_path, runs(METHODS, 2))
+    path = run_path(folder, "beta 5", 1)
+    path.with_name("zz-copy.json").write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match=r"zz-copy.json is a second record of 'beta 5' with seed 1; remove one$"):
+        read_study(folder)
+
+
+def test_records_of_several_data_sets(tmp_path):
+    records = runs(METHODS, 2)
+    records[3]["dataset"] = records[3]["dataset"] | {"test": 359}
+    with pytest.raises(ValueError, match=r"\.json is of other data than the records before it; remove it or train"):
+        read_study(write_study(tmp_path, records))
 
 
 def test_a_record_in_the_folder_of_another_seed(tmp_path):

@@ -315,7 +315,32 @@ def test_a_part_of_a_study_does_not_take_its_place(study, copy, part, larger):
 
 
 def test_where_the_data_lie_does_not_make_it_another_study(study, copy):
-    assert study(copy, "--label_column", "label", "--dataloader_num_workers", 1).code == 0
+    more = ["--label_column", "label", "--dataloader_num_workers", 1, "--classes", *"9876543210"]
+    assert study(copy, *more).code == 0
+
+
+def test_records_of_other_versions_stop_a_study(study, copy):
+    path = path_of(copy, 1, "five")
+    record = json.loads(path.read_text())
+    now = record["versions"]["timm"]
+    path.write_text(json.dumps(record | {"versions": record["versions"] | {"timm": "0.9.0"}}))
+    before = state(copy)
+    code, _, err = study(copy)
+    assert (code, state(copy)) == (2, before)
+    assert err.endswith(
+        f"seed-1/five.json is of other versions: timm was 0.9.0 and is {now}; install those, choose another "
+        "--output_dir, or train it again with --overwrite\n"
+    )
+
+
+def test_records_of_another_commit_are_pointed_out(study, copy):
+    path = path_of(copy, 1, "five")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"commit": "0123456789abcdef"}))
+    path_of(copy, 0, "five").unlink()
+    outcome = study(copy)
+    assert outcome.code == 0
+    assert "the complete runs are of commit 0123456789, those to come of " in outcome.out
+    assert "The runs are not all of one commit" in outcome.out
 
 
 # Runs that are trained again, and runs that go wrong ------------------------------------------------------------------
@@ -465,8 +490,11 @@ BAD = [
     (f"{STUDY} --loss focus", r"argument --loss: invalid choice: 'focus' \(choose from .*\)"),
     (f"{STUDY} --augmentation flip", r"argument --augmentation: invalid choice: 'flip' \(choose from .*\)"),
     (f"--dataset {{T}} --model {{B}} {TWO} --augmentation crop", r"--augmentation crop is for images, \S+ holds text"),
-    (f"{STUDY} --num_classes 7", r"digits has 10 classes, not --num_classes 7: this is other data than .*"),
-    (f"--dataset {{T}} --model {{B}} {TWO} --num_classes 3", r"\S+ has 2 classes, not --num_classes 3: .*"),
+    (
+        f"{STUDY} --classes 0 1 2",
+        r"digits has the classes 0, 1, 2, \.\.\. \(10\), not --classes 0, 1, 2 \(3\): this is other data than .*",
+    ),
+    (f"{STUDY} --classes 9 8 7 6 5 4 3 2 1 10", r"digits has the classes .*, not --classes 9, 8, 7, \.\.\. \(10\): .*"),
     (f"{STUDY} --data_dir {{T}}/nowhere", r"--data_dir \S+/nowhere: there is no such folder; .* that holds digits"),
     (
         f'--dataset digits {MODEL} --study {{"a":{{"gd_beta_start":0.1,"gd_warmup_steps":99}}}} --max_train_samples 64',

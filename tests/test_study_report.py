@@ -35,7 +35,8 @@ PLOTS = [plot_loss, plot_accuracy_ece, plot_study_reliability, plot_warmup]
 PICTURES = ["loss", "accuracy_ece", "reliability", "warmup"]
 TITLES = ["Training loss", "Accuracy against calibration error", "Reliability, seeds pooled"]
 TITLES += ["Start and length of the warm-up"]
-TABLES = ["Results", "Difference to cross-entropy", "After calibration on the validation split", "Epochs"]
+PAIRS = "Difference of a warm-up to its final beta alone"
+TABLES = ["Results", "Difference to cross-entropy", PAIRS, "After calibration on the validation split", "Epochs"]
 
 
 def warmup(start: float, end: float, ratio: float, **changes) -> dict:
@@ -295,7 +296,7 @@ def test_markdown_and_page_have_the_same_tables(grid):
 
 def test_every_row_has_as_many_cells_as_its_head(grid):
     """In the file itself: a viewer drops what is too much."""
-    assert [widths(table) for table in raw_tables(grid[0])] == [{9}, {5}, {7}, {3}]
+    assert [widths(table) for table in raw_tables(grid[0])] == [{9}, {5}, {6}, {7}, {3}]
 
 
 def raw_tables(folder: Path) -> list[list[str]]:
@@ -397,7 +398,7 @@ def test_numbers_in_a_cell(tmp_path):
     _, accuracy, nll, ece, _ = markdown.tables["Difference to base"][1]
     # 25 plus or minus 3.182 * 3.227 / 2, and a t of 15.5 with 3 degrees of freedom: 0.0006
     assert accuracy == "+25.00 (+19.86 to +30.14), q < 0.001"
-    assert nll == "+0.0000"  # equal runs
+    assert nll == "+0.0000 (+0.0000 to +0.0000), q 1.000"  # equal runs
     # -1.5 plus or minus 3.182 * 1.29 / 2, and a t of 2.32 with 3 degrees of freedom
     assert ece == "-1.50 (-3.55 to +0.55), q 0.103"
 
@@ -532,7 +533,7 @@ def test_a_single_method(report, tmp_path):
     folder = write_study(tmp_path / "study", runs({"cross-entropy": {}}, 2))
     out = report(folder)
     assert list(printed(out)) == ["cross-entropy"]
-    assert list(page(folder).tables) == [TABLES[0], *TABLES[2:]] and not said(folder, out, "Differences to")
+    assert list(page(folder).tables) == [TABLES[0], *TABLES[3:]] and not said(folder, out, "Differences to")
     assert page(folder).texts["h2"][-3:] == TITLES[:3]
     assert all(colours(folder / f"{name}.png") > 10 for name in PICTURES[:3])
 
@@ -559,7 +560,7 @@ def test_without_a_map_of_warmups(report, tmp_path, monkeypatch, others):
 
 def hostile_study(folder: Path, names: list[str], command: str = "gd-plugin study digits") -> Path:
     """All that a name can be in: the methods', the data's, a label's, the model's; one run has diverged."""
-    kinds = [{}, warmup(0.01, 5.0, 0.5), warmup(0.1, 5.0, 0.5), {"loss": "focal"}]
+    kinds = [{"gd": knobs(beta=5.0)}, warmup(0.01, 5.0, 0.5), warmup(0.1, 5.0, 0.5), {"loss": "focal"}]
     words = " ".join(names)
     others = {
         "dataset": record()["dataset"] | {"name": f"data {words}", "tested_on": f"split {words}", "labels": names},
@@ -567,7 +568,7 @@ def hostile_study(folder: Path, names: list[str], command: str = "gd-plugin stud
         "versions": {"torch": names[0]},
         "hardware": {"cpu": names[0]},
     }
-    methods = {name: {**kinds[i % 4], **others} for i, name in enumerate(names)}
+    methods = {name: {**(kinds[i % 4] if i else {}), **others} for i, name in enumerate(names)}
     return write_study(folder, [*runs(methods, 2), diverged(names[1], 2, **methods[names[1]])], command=command)
 
 
@@ -583,8 +584,13 @@ def test_names_break_no_table(report, tmp_path, undrawn, first):
     assert html.tables == markdown.tables
     assert list(html.tables) == [title.replace("cross-entropy", first) for title in TABLES]
     for title, (_, *rows) in html.tables.items():
-        assert [row[0] for row in rows] == (names[1:] if title.startswith("Difference") else names)
-    assert [widths(table) for table in raw_tables(folder)] == [{9}, {5}, {7}, {3}]
+        if title == PAIRS:
+            assert [row[0] for row in rows] == [
+                f"{name} / {names[4]}" for i, name in enumerate(names) if i % 4 in (1, 2)
+            ]
+        else:
+            assert [row[0] for row in rows] == (names[1:] if title.startswith("Difference") else names)
+    assert [widths(table) for table in raw_tables(folder)] == [{9}, {5}, {6}, {7}, {3}]
     assert html.tables["Epochs"][0][1] == f"epochs to {first}'s final training cross-entropy"
     assert list(printed(out)) == names
     assert list(dict.fromkeys(name for name, _ in raw(folder))) == names
@@ -651,6 +657,17 @@ def test_loss_has_a_panel_per_family(draw, seeds):
             assert band.get_datalim(axes.transData).get_points()[:, 1] == pytest.approx(
                 [min(map(min, losses)), max(map(max, losses))]
             )
+
+
+def test_a_method_has_one_colour_in_all_pictures(tmp_path, monkeypatch):
+    figures, study = [], read_study(write_study(tmp_path, runs(GRID, 2)))
+    monkeypatch.setattr(study_plots, "save", lambda figure, path: figures.append(figure))
+    plot_accuracy_ece(study, "unused.png")
+    plot_loss(study, "unused.png")
+    points = dict(zip(GRID, [point.get_color() for point, *_ in figures[0].axes[0].containers], strict=True))
+    for axes in figures[1].axes:
+        for name, line in zip(labels(axes), axes.lines, strict=True):
+            assert line.get_color() == points[name]
 
 
 def labels(axes) -> list[str]:
