@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import gradient_decay_cross_entropy, gradient_in_place
+from .functional import check, gradient_decay_cross_entropy
+from .gap import gradient_in_place
 
 __all__ = ["linear_gradient_decay_cross_entropy"]
 
@@ -162,6 +163,7 @@ def _with_gradient(logits: Tensor, target: Tensor, knobs: tuple) -> tuple[Tensor
     """The loss of every row, and its gradient with respect to the logits, which are used up."""
     beta, weight, ignore_index, _, label_smoothing = knobs
     if label_smoothing == 0:
+        check(logits, target, beta, weight, ignore_index, "none", label_smoothing, 1, False)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return gradient_in_place(logits, target, beta, weight, ignore_index), logits
     with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""The target gap of `functional` for a ``DTensor`` whose classes are sharded: imported only where one is used."""
+"""The target gap of `gap` for a ``DTensor`` whose classes are sharded: imported only where one is used."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .functional import _compute_dtype, _of_class, _row_dtype
+from .gap import compute_dtype, of_class, row_dtype
 
 
 def target_gap(logits: Tensor, target: Tensor, dim: int) -> Tensor:
-    """`functional.target_gap` of logits that `class_shard` knows; an ordinary tensor, the same on every process."""
+    """`gap.target_gap` of logits that `class_shard` knows; an ordinary tensor, the same on every process."""
     return _TargetGap.apply(logits.to_local(), target, dim, *class_shard(logits, dim))
 
 
@@ -36,11 +36,11 @@ class _TargetGap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, target: Tensor, dim: int, first: int, num_classes: int, group) -> Tensor:
         ctx.dim, ctx.dtype = dim, logits.dtype
-        _of_class(target.new_zeros(1).expand(num_classes), target)  # refuses an index outside the classes
+        of_class(target.new_zeros(1).expand(num_classes), target)  # refuses an index outside the classes
         index = (target - first).unsqueeze(dim)
         here = (index >= 0) & (index < logits.shape[dim])
         index = index.masked_fill(~here, 0)  # where the target is elsewhere, any class, which is put back
-        others = logits.to(_compute_dtype(logits))
+        others = logits.to(compute_dtype(logits))
         of_target = others.gather(dim, index)
         others = others.scatter(dim, index, of_target.masked_fill(here, torch.finfo(others.dtype).min))
 
@@ -48,7 +48,7 @@ class _TargetGap(torch.autograd.Function):
         dist.all_reduce(top, dist.ReduceOp.MAX, group)
         shares = (others - top).exp()
         sums = torch.cat([shares.sum(dim, keepdim=True), of_target.masked_fill(~here, 0.0)], dim)
-        sums = sums.to(_row_dtype(logits.device))
+        sums = sums.to(row_dtype(logits.device))
         dist.all_reduce(sums, dist.ReduceOp.SUM, group)
         total, of_target = sums.split(1, dim)
         ctx.save_for_backward(shares.div_(total.to(shares.dtype)), index, here)

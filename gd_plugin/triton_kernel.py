@@ -1,9 +1,9 @@
-"""The target gap of `functional` as two Triton kernels, for a GPU: imported only where one is used.
+"""The target gap of `gap` as two Triton kernels, for a GPU: imported only where one is used.
 
 The forward reads the logits once and keeps three numbers per row. The backward reads them once more and writes the
 gradient once, into the only tensor of their size that is allocated: the gradient that autograd has to hand on, in their
 dtype. It is not written over the logits: autograd cannot know whether the caller, or the operation that made them (as a
-soft cap saves its output), still needs their values. `functional.gradient_in_place` owns its logits, and there the
+soft cap saves its output), still needs their values. `gap.gradient_in_place` owns its logits, and there the
 gradient does take their place.
 
 For (N, C) logits in bf16 that is 2 N C bytes besides the logits. ``F.cross_entropy`` holds three such tensors at the
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from .functional import _gap_gradient, _others
+from .gap import _gap_gradient, _others
 
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -50,7 +50,7 @@ def _forward(
     for start in range(0, num_classes, BLOCK):
         classes = start + tl.arange(0, BLOCK)
         z = tl.load(logits + classes, mask=classes < num_classes, other=float("-inf")).to(tl.float32)
-        z = tl.where(classes == index, _LOWEST, z)  # as in `functional._others`
+        z = tl.where(classes == index, _LOWEST, z)  # as in `gap._others`
         ahead = z - highest
         smaller = _exp(-tl.abs(ahead))  # one exponential, whichever of the two is to be scaled down
         sums = tl.where(ahead > 0, sums * smaller + 1.0, sums + smaller)
@@ -86,7 +86,7 @@ def _backward(
 
 
 def target_gap(rows: Tensor, target: Tensor) -> Tensor:
-    """`functional.target_gap` of what `as_rows` made of the logits, with ``target`` (N)."""
+    """`gap.target_gap` of what `as_rows` made of the logits, with ``target`` (N)."""
     return _TargetGap.apply(rows, target)
 
 

@@ -15,7 +15,7 @@ from reference import exact, reference, relative_error
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 
-from gd_plugin import functional, gradient_decay_cross_entropy
+from gd_plugin import gap, gradient_decay_cross_entropy, probabilities
 
 NUM_CLASSES = 5
 SHAPES = [(5,), (6, 5), (4, 5, 3), (2, 5, 3, 2)]
@@ -798,15 +798,15 @@ def test_empty_batches(shape, reduction, soft):
 def test_blocks_of_rows(shape, dtype, monkeypatch):
     """What many logits are worked on in, on few: with blocks of a part of a row, of rows, and a last one cut short."""
     blocks = []
-    original = functional._others_in_blocks
-    monkeypatch.setattr(functional, "_others_in_blocks", lambda *args: blocks.append(args) or original(*args))
+    original = gap._others_in_blocks
+    monkeypatch.setattr(gap, "_others_in_blocks", lambda *args: blocks.append(args) or original(*args))
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(shape[::-1], generator=generator)).to(dtype).t()  # not contiguous
     logits[0, 1:] = -math.inf
     target = torch.randint(shape[1], shape[:1], generator=generator)
     target[0], target[1] = 0, -100
     for block in (100, 300, 10**6):
-        monkeypatch.setattr(functional, "_BLOCK", block)
+        monkeypatch.setattr(gap, "BLOCK", block)
         in_blocks = len(blocks) + (logits.numel() > 2 * block)
         input = logits.clone().requires_grad_()
         loss = gradient_decay_cross_entropy(input, target, 0.1, reduction="none")
@@ -824,8 +824,65 @@ def test_blocks_of_rows(shape, dtype, monkeypatch):
     assert (other - loss.detach()).abs().max() > 1e-3
 
 
+# The gradient by hand of class probabilities --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["", "weight"])
+@pytest.mark.parametrize("beta", [0.05, 20.0, PER_CLASS], ids=["small", "large", "per_class"])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (252, 5), (4, 5, 3), (2, 5, 3, 2)])
+def test_by_hand_as_composed(shape, soft, beta, weight, monkeypatch):
+    """Block by block, with odd numbers of rows; composed where torch differentiates."""
+    calls = []
+    by_hand = probabilities._by_hand
+    monkeypatch.setattr(probabilities, "_by_hand", lambda *args: calls.append(args) or by_hand(*args))
+    monkeypatch.setattr(gap, "BLOCK", 7 * 5 * 4)
+    logits, target = make(shape, soft=soft)
+    dim = 0 if logits.dim() == 1 else 1
+    logits.select(dim, 2).reshape(-1)[:1] = 800.0  # a class far ahead
+    if soft:
+        target.select(dim, 4).fill_(0.0)
+        logits.select(dim, 4).reshape(-1)[-1:] = NEG_INF  # whose loss is infinite, and counts nothing
+    log_beta = torch.as_tensor(beta, dtype=torch.float64).log()
+    arguments = (target, log_beta, weight, 0.0 if soft else 0.1, dim, True)
+    results, factors = [], None
+    for function in (probabilities.from_probabilities, probabilities._composed):
+        z = logits.clone().requires_grad_()
+        loss, cross_entropy = function(z, *arguments)
+        factors = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+        results.append((loss.detach(), cross_entropy, *torch.autograd.grad(loss, z, factors)))
+        assert not cross_entropy.requires_grad
+    assert len(calls) == 1
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-12, atol=1e-12)
+    other, _ = probabilities.from_probabilities(logits, target, log_beta + 1e-3, *arguments[2:])
+    assert (other - results[0][0]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("variant", ["smoothed", "smoothed weighted", "soft", "soft weighted"])
+def test_by_hand_twice(variant):
+    """A graph that is kept, and one of the gradient; beta is a number, with whose gradient nothing would be by hand."""
+    logits, target, loss = variant_call(variant, reduction="none")
+    logits.requires_grad_()
+    assert gradcheck(lambda z: loss(z, target, 0.05), logits) and gradgradcheck(lambda z: loss(z, target, 0.05), logits)
+    total = loss(logits, target, 0.05).sum()
+    first, second = (torch.autograd.grad(total, logits, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and first.abs().max() > 0.1
+    with torch.no_grad():
+        torch.testing.assert_close(loss(logits, target, 0.05).sum(), total.detach())
+
+
+def test_by_hand_where_no_class_is_finite():
+    """As torch: an infinite loss, and the gradient is of no use; an ignored row of that kind has none."""
+    logits = torch.full((2, 5), NEG_INF, requires_grad=True)
+    loss = gradient_decay_cross_entropy(logits, torch.tensor([1, -100]), 0.1, label_smoothing=0.1, reduction="none")
+    loss.sum().backward()
+    assert not loss[0].isfinite() and loss[1] == 0 and logits.grad[1].tolist() == [0.0] * 5
+
+
 def test_the_logits_are_not_changed_and_a_graph_can_be_used_twice(monkeypatch):
-    monkeypatch.setattr(functional, "_BLOCK", 16)
+    monkeypatch.setattr(gap, "BLOCK", 16)
     input = torch.randn(9, 7, requires_grad=True)
     before = input.detach().clone()
     loss = gradient_decay_cross_entropy(input, torch.arange(9) % 7, 0.1)
