@@ -79,14 +79,17 @@ class DataArguments:
         default=None, help="Split for the final metrics; by default `test`, or else the validation split."
     )
     classes: list[str] | None = HfArg(
-        default=None, help="Names of the classes, in any order: data with others are refused."
+        default=None, help="Names of the classes, in any order: data with others are refused. Leave it out for any."
     )
     augmentation: Literal["none", "crop", "crop_flip"] = HfArg(
         default="none",
         help="Of training images, on the device: crop is a random shift by up to an eighth of the size, crop_flip also "
         "mirrors half of them.",
     )
-    max_train_samples: int | None = HfArg(default=None, help="Use only the first samples of the training split.")
+    max_train_samples: int | None = HfArg(
+        default=None,
+        help="Use only the first samples of the training split, after the validation split is cut from it.",
+    )
     max_eval_samples: int | None = HfArg(
         default=None, help="Use only the first samples of the validation and of the test split."
     )
@@ -270,7 +273,7 @@ def _chosen(variants: dict[str, Any], methods: list[str]) -> dict[str, Any]:
             raise ValueError(f"--methods {name!r}: the study has no such method; {hint}")
     if not methods:
         raise ValueError("--methods is empty, so there is nothing to compare; name some, or leave it out")
-    return {name: variants[name] for name in methods}
+    return {name: variants[name] for name in variants if name in methods}  # the first is what others are compared with
 
 
 def _check_variants(variants: dict[str, Any], argv: list[str], grid: str) -> None:
@@ -344,7 +347,7 @@ def json_mapping(flag: str, text: str) -> dict:
     except ValueError as error:
         raise ValueError(f"--{flag} is not JSON ({error}): {text[:80]}") from None
     if flag in PARENT_FOLDER and value == {}:
-        raise ValueError(f"--{flag} is empty: it must name at least one run")
+        raise ValueError(f"--{flag} is empty: name at least one, such as {{five: {{gd_beta: 5}}}} in a recipe")
     if not isinstance(value, dict):
         raise ValueError(f"--{flag} must be a JSON object, got {text[:80]}")
     return value

@@ -91,9 +91,11 @@ def load_data(args: DataArguments) -> ClassificationData:
 
     names = _label_names(train, label_column)
     if args.classes is not None and sorted(names) != sorted(args.classes):
+        found, wanted = set(names), set(args.classes)
         raise ValueError(
-            f"{args.data_dir or args.dataset} has the classes {_some(names)}, not --classes {_some(args.classes)}: "
-            "this is other data than the recipe is for"
+            f"{args.data_dir or args.dataset} holds other data than the recipe is for, by its classes: it has "
+            f"{_some(found - wanted)} and lacks {_some(wanted - found)}. If they are the same under other names, give "
+            "those as --classes"
         )
     parts = [
         Split(part.select_columns(column).rename_column(column, "input"), _labels(part, label_column, names))
@@ -337,9 +339,9 @@ def _labels(data: Dataset, column: str, names: list[str]) -> torch.Tensor:
     return labels
 
 
-def _some(names: list[str]) -> str:
-    shown = [name[:30] for name in names[:3]] + ["..."] * (len(names) > 3)
-    return f"{', '.join(shown)} ({len(names)})"
+def _some(names: set[str]) -> str:
+    shown = ", ".join(repr(name[:30]) for name in sorted(names)[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "none"
 
 
 def _public_name(dataset: str) -> str:

@@ -23,6 +23,8 @@ __all__ = [
     "RECORD_FORMAT",
     "STUDY_FILE",
     "TRACE_FILE",
+    "commit",
+    "differences",
     "environment",
     "epochs_from_log",
     "family",
@@ -31,6 +33,7 @@ __all__ = [
     "publishable",
     "publishable_words",
     "read_record",
+    "versions",
     "write_atomic",
     "write_json",
 ]
@@ -98,8 +101,8 @@ def environment() -> dict:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": _versions(),
-        "commit": _commit(Path(__file__).parent),
+        "versions": versions(),
+        "commit": commit(),
         "hardware": {
             "cpu": _cpu(),
             "cpu_count": os.cpu_count(),
@@ -113,6 +116,17 @@ def environment() -> dict:
 
 def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def differences(before: dict, now: dict) -> str:
+    """In words: ``timm was 1.0.20 and is 1.0.31``, one after the other."""
+    absent = object()
+
+    def shown(values: dict, key: str) -> str:
+        return str(values[key])[:80] if key in values else "not set"
+
+    keys = [key for key in {**before, **now} if before.get(key, absent) != now.get(key, absent)]
+    return ", ".join(f"{key} was {shown(before, key)} and is {shown(now, key)}" for key in keys)
 
 
 def hardware(record: dict) -> str:
@@ -198,7 +212,7 @@ def read_record(path: str | os.PathLike, also: tuple[str, ...] = ()) -> dict:
     try:
         record = load_json(Path(path).read_bytes())
     except ValueError as error:  # also text that is not UTF-8
-        raise ValueError(f"{path}: not JSON ({error}); give the record that a training run wrote") from None
+        raise ValueError(f"{path}: not JSON ({error}); repeat the run that wrote it, or give another record") from None
     if not isinstance(record, dict):
         raise ValueError(f"{path}: not a record but a JSON {type(record).__name__}; give one run's record per file")
     if "format" not in record:
@@ -231,7 +245,8 @@ def _finite(obj):
     return None if isinstance(obj, float) and not math.isfinite(obj) else obj
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of this package and of those that results depend on, as far as they are installed."""
     versions = {"gd_plugin": __version__}  # also where it is not installed but run from a checkout
     for name in _PACKAGES:
         try:
@@ -243,16 +258,16 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _commit(package: Path) -> str | None:
-    """HEAD of the checkout that tracks ``package``, with "+dirty" if a tracked file or the package has changed."""
+def commit(package: Path = Path(__file__).parent) -> str | None:
+    """HEAD of the checkout that tracks ``package``, with "+dirty" if a file has changed; None if there is none."""
     # A package installed somewhere below an unrelated checkout is not tracked by it.
     if not _git(package, "ls-files", "__init__.py"):
         return None
-    commit = _git(package, "rev-parse", "--verify", "HEAD")
+    head = _git(package, "rev-parse", "--verify", "HEAD")
     dirty = _git(package, "status", "--porcelain", "--untracked-files=no") or _git(
         package, "ls-files", "--others", "--exclude-standard"
     )
-    return f"{commit}{'+dirty' if dirty else ''}" if commit else None
+    return f"{head}{'+dirty' if dirty else ''}" if head else None
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -42,7 +42,8 @@ RECORD = {
     "final": _NUMBERS,
     "calibrated": ({"temperature": (_NUMBERS, None), "vector": (_NUMBERS, None)}, None),
     "reliability": ([{"lower": float, "upper": float, "count": int, ...: _NUMBER}], None),
-    "versions": dict,
+    "versions": {...: str},
+    "commit": (str, None),
     "hardware": {"cpu": str, "gpu": [str], "torch_threads": int, "processes": int},
     "card": ({"task": (_WORD, None)}, None),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,9 @@ from scipy import stats
 
 from . import shape
 from .reading import load_json
-from .record import RECORD_FORMAT, STUDY_FILE, family, read_record
+from .record import RECORD_FORMAT, STUDY_FILE, differences, family, read_record
 
-__all__ = ["COLUMNS", "Method", "Pair", "StudyResults", "Summary", "correct", "read_study"]
+__all__ = ["COLUMNS", "Method", "Pair", "StudyResults", "Summary", "read_study"]
 
 _NEEDED = ("gd.beta", "gd.beta_start", "dataset.name", "dataset.tested_on", "dataset.train", "dataset.test")
 
@@ -29,8 +30,9 @@ class Column:
     signed: bool = False
 
 
-# Of a record's `final`; `temperature/` and `vector/` of what was calibrated on the validation split; of its epochs; and
-# `epochs_to_` the baseline's final training cross-entropy or validation accuracy of the same seed.
+# Of a record's `final`; `temperature/` and `vector/` of what was calibrated on the validation split; `early_` and
+# `train_` of its epochs; and `epochs_to_` the final training cross-entropy or validation accuracy of the baseline with
+# the same seed.
 COLUMNS = {
     "accuracy": Column("accuracy %", 100, 2),
     "nll": Column("NLL", 1, 4),
@@ -43,7 +45,8 @@ COLUMNS = {
     "temperature/ece": Column("ECE %, temperature", 100, 2),
     "vector/nll": Column("NLL, vector scaling", 1, 4),
     "vector/ece": Column("ECE %, vector scaling", 100, 2),
-    "early_accuracy": Column("validation accuracy %, first epoch past a quarter of training", 100, 2),
+    "early_accuracy": Column("validation accuracy %, first epoch at or past a quarter of training", 100, 2),
+    "train_cross_entropy": Column("training cross-entropy, last epoch", 1, 4),
     "epochs_to_loss": Column("epochs to the baseline's final training cross-entropy", 1, 1),
     "epochs_to_accuracy": Column("epochs to the baseline's final validation accuracy", 1, 1),
 }
@@ -51,17 +54,17 @@ COLUMNS = {
 
 @dataclass
 class Summary:
-    """One metric of one method. NaN where there is no such number: a deviation of one run, a p-value of equal runs."""
+    """One metric of one method. NaN where there is no such number: a deviation of one run, an interval of no change."""
 
     values: dict[int, float]  # by seed, those that are finite
     n: int = 0
     mean: float = math.nan
     sd: float = math.nan  # with n - 1
-    difference: float = math.nan  # to the baseline, mean over the seeds that both have
+    difference: float = math.nan  # to the reference, mean over the seeds that both have
     low: float = math.nan  # 95% interval of the difference, Student's t
     high: float = math.nan
-    p: float = math.nan  # two-sided paired t-test
-    q: float = math.nan  # p, corrected for the number of methods (Benjamini and Hochberg 1995)
+    p: float = math.nan  # two-sided paired t-test; 1 of no difference at all, NaN of equal differences
+    q: float = math.nan  # p, corrected for the number of comparisons of this metric (Benjamini and Hochberg 1995)
 
 
 @dataclass
@@ -90,7 +93,10 @@ class Method:
 
 @dataclass
 class Pair:
-    """A warm-up beside the fixed beta that it ends at, and its differences to that, paired by seed as all others."""
+    """A warm-up beside the fixed beta that it ends at, and its differences to that, paired by seed as all others.
+
+    The baseline is no such beta, to which every method's difference is in its own summaries.
+    """
 
     warmup: Method
     fixed: Method
@@ -102,6 +108,7 @@ class StudyResults:
     dataset: str
     tested_on: str
     methods: list[Method]  # the first is the baseline
+    pairs: list[Pair]
     seeds: list[int]
     missing: int  # runs that were asked for and have no record
     command: str
@@ -109,19 +116,6 @@ class StudyResults:
     @property
     def baseline(self) -> Method:
         return self.methods[0]
-
-    def pairs(self) -> list[Pair]:
-        """Every warm-up whose final beta is in the study too and is not the baseline, q corrected over these pairs."""
-        pairs = []
-        for warmup in (method for method in self.methods[1:] if method.family == "warm-up"):
-            ends = [m for m in self.methods[1:] if m.family == "fixed beta" and m.gd["beta"] == warmup.gd["beta"]]
-            pairs += [Pair(warmup, fixed, {}) for fixed in ends[:1]]
-        for key in COLUMNS:
-            if not key.startswith("epochs_to"):
-                for pair in pairs:
-                    pair.summaries[key] = _summary(key, pair.warmup, pair.fixed)
-                correct([pair.summaries[key] for pair in pairs])
-        return pairs
 
     def chosen(self, key: str) -> Method:
         """The method that is best on the validation split after the last epoch, by a key of a record's epochs."""
@@ -177,7 +171,10 @@ def read_study(folder: Path) -> StudyResults:
                     raise ValueError(f"{file} is a second record of {record['name']!r} with seed {seed}; remove one")
                 data = data or record["dataset"]
                 if record["dataset"] != data:
-                    raise ValueError(f"{file} is of other data than the records before it; remove it or train it again")
+                    raise ValueError(
+                        f"{file} is of other data than the records before it, {differences(data, record['dataset'])}; "
+                        "remove it or train it again"
+                    )
                 found[record["name"]][seed] = record
     methods = [Method(name, records) for name, records in found.items() if records]
     if not methods or methods[0].name != names[0]:
@@ -188,6 +185,7 @@ def read_study(folder: Path) -> StudyResults:
         dataset=data["name"],
         tested_on=data["tested_on"],
         methods=methods,
+        pairs=_pairs(methods),
         seeds=seeds,
         missing=len(names) * len(seeds) - total,
         command=str(asked.get("command", "")),
@@ -199,39 +197,59 @@ def _summarise(methods: list[Method]) -> None:
     for key in COLUMNS:
         for method in methods:
             method.summaries[key] = _summary(key, method, baseline)
-        correct([method.summaries[key] for method in methods[1:]])
+        _correct([method.summaries[key] for method in methods[1:]])
 
 
-def correct(summaries: list[Summary]) -> None:
-    """Set ``q`` of those that have a ``p``, corrected for their number (Benjamini and Hochberg 1995)."""
+def _pairs(methods: list[Method]) -> list[Pair]:
+    pairs = []
+    for warmup in (method for method in methods[1:] if method.family == "warm-up"):
+        ends = (m for m in methods[1:] if m.family == "fixed beta" and _but_for_warmup(m) == _but_for_warmup(warmup))
+        pairs += [Pair(warmup, fixed, {}) for fixed in itertools.islice(ends, 1)]
+    for key in COLUMNS:
+        if not key.startswith("epochs_to"):
+            for pair in pairs:
+                pair.summaries[key] = _summary(key, pair.warmup, pair.fixed)
+            _correct([pair.summaries[key] for pair in pairs])
+    return pairs
+
+
+def _but_for_warmup(method: Method) -> tuple[dict, Any, Any]:
+    """All settings, which for a pair must be the same."""
+    record = next(iter(method.records.values()))
+    of_warmup = ("seed", "gd_beta_start", "gd_schedule", "gd_warmup_ratio", "gd_warmup_steps", "gd_warmup_epochs")
+    settings = {key: value for key, value in record["config"].items() if key not in of_warmup}
+    return settings, method.gd["beta"], method.gd.get("class_weights")
+
+
+def _correct(summaries: list[Summary]) -> None:
     compared = [summary for summary in summaries if not math.isnan(summary.p)]
     if compared:
         for summary, q in zip(compared, stats.false_discovery_control([s.p for s in compared]), strict=True):
             summary.q = float(q)
 
 
-def _summary(key: str, method: Method, baseline: Method) -> Summary:
-    """``baseline``: what to compare with, whose summary of this key is there already unless it is ``method``."""
-    values = {seed: _value(key, record, baseline.records.get(seed)) for seed, record in method.records.items()}
+def _summary(key: str, method: Method, reference: Method) -> Summary:
+    """``reference``: what to compare with, whose summary of this key is there already unless it is ``method``."""
+    values = {seed: _value(key, record, reference.records.get(seed)) for seed, record in method.records.items()}
     values = {seed: value for seed, value in values.items() if value is not None and math.isfinite(value)}
     summary = Summary(values, n=len(values))
     if values:
         summary.mean = float(np.mean(list(values.values())))
     if len(values) > 1:
         summary.sd = float(np.std(list(values.values()), ddof=1))
-    if method is baseline:
+    if method is reference:
         return summary
-    of_baseline = baseline.summaries[key].values
-    seeds = [seed for seed in values if seed in of_baseline]
+    of_reference = reference.summaries[key].values
+    seeds = [seed for seed in values if seed in of_reference]
     if key.startswith("epochs_to") and len(seeds) < len(method.records):
         return summary  # without those that never got there, a mean would flatter
-    differences = [values[seed] - of_baseline[seed] for seed in seeds]
+    differences = [values[seed] - of_reference[seed] for seed in seeds]
     if differences:
         summary.difference = float(np.mean(differences))
     # 0.3 - 0.1 and 0.4 - 0.2 differ by rounding alone, and would have a p-value of 1e-16.
-    rounding = 1e-12 * max((abs(value) for seed in seeds for value in (values[seed], of_baseline[seed])), default=0)
-    if len(differences) > 1 and max(map(abs, differences)) <= rounding:  # a comparison too, that q counts
-        summary.p, summary.low, summary.high = 1.0, 0.0, 0.0
+    rounding = 1e-12 * max((abs(value) for seed in seeds for value in (values[seed], of_reference[seed])), default=0)
+    if len(differences) > 1 and max(map(abs, differences)) <= rounding:
+        summary.p = 1.0  # it is a comparison, for the number of which the others are corrected
     elif len(differences) > 1 and np.ptp(differences) > rounding:
         test = stats.ttest_1samp(differences, 0.0)
         interval = test.confidence_interval(0.95)
@@ -244,6 +262,8 @@ def _value(key: str, record: dict, of_baseline: dict | None) -> float | None:
     if key == "early_accuracy":
         entries = [entry for entry in record["epochs"] if entry["epoch"] >= record["epochs"][-1]["epoch"] / 4]
         return entries[0].get("eval_accuracy") if entries else None
+    if key == "train_cross_entropy":
+        return record["epochs"][-1].get("cross_entropy") if record["epochs"] else None
     if key == "epochs_to_loss":
         return _epochs_to(record, of_baseline, "cross_entropy", lower_is_better=True)
     if key == "epochs_to_accuracy":

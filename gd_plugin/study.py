@@ -34,11 +34,13 @@ from .parser import Parser
 from .record import (
     RECORD_FORMAT,
     STUDY_FILE,
-    environment,
+    commit,
+    differences,
     json_text,
     publishable,
     publishable_words,
     read_record,
+    versions,
     write_json,
 )
 from .stats import read_plan
@@ -50,7 +52,13 @@ __all__ = ["Study", "prepare"]
 
 
 # What differs between machines and not between results.
-_NOT_COMPARED = ("data_dir", "label_column", "use_cpu", "dataloader_num_workers")  # the data are compared themselves
+_NOT_COMPARED = (
+    "data_dir",
+    "label_column",
+    "use_cpu",
+    "dataloader_num_workers",
+    "num_classes",
+)  # the data are compared
 _USAGE = """usage: gd-plugin study RECIPE [--seeds N] [--jobs N] [--executor process|ray] [--flag value ...]
 
 Trains every method of the recipe's `study` with every seed and reports n, mean, deviation and paired differences to
@@ -238,7 +246,7 @@ def _refuse_a_part(folder: Path, methods: list[str], seeds: int) -> None:
 
 def _complete(folder: Path, tasks: list[Task], dataset: dict, console: Console) -> dict[Path, dict]:
     """The records of the study that are there already, by their files; a damaged one is set aside."""
-    done, here, commits = {}, environment(), set()
+    done = {}
     for task in tasks:
         path = task.path(folder)
         if not path.exists():
@@ -254,7 +262,7 @@ def _complete(folder: Path, tasks: list[Task], dataset: dict, console: Console) 
             continue
         if record["dataset"] != dataset:
             raise ValueError(
-                f"{path} is of other data: {_difference(record['dataset'], dataset)}; choose another --output_dir, or "
+                f"{path} is of other data: {differences(record['dataset'], dataset)}; choose another --output_dir, or "
                 "train it again with --overwrite"
             )
         if record["name"] != task.run.name:  # names that make the same file name
@@ -269,28 +277,31 @@ def _complete(folder: Path, tasks: list[Task], dataset: dict, console: Console) 
                     f"{path} is of another study: {key} is {before.get(key, 'not set')} there and "
                     f"{now.get(key, 'not set')} here; choose another --output_dir, or train it again with --overwrite"
                 )
-        versions = record.get("versions", here["versions"])
-        if versions != here["versions"]:
-            raise ValueError(
-                f"{path} is of other versions: {_difference(versions, here['versions'])}; install those, choose "
-                "another --output_dir, or train it again with --overwrite"
-            )
-        commits.add(record.get("commit"))
         done[path] = record
-    if commits - {here["commit"]}:  # which need not change a result: a reader is told, here and in the report
-        commits = ", ".join(sorted(str(commit)[:10] for commit in commits - {here["commit"]}))
-        console.print(
-            f"the complete runs are of commit {commits}, those to come of {str(here['commit'])[:10]}: the report will "
-            "say so; --overwrite trains all of them again",
-            soft_wrap=True,
-            markup=False,
-        )
+    if len(done) < len(tasks):
+        _check_code(done, console)
     return done
 
 
-def _difference(before: dict, now: dict) -> str:
-    key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
-    return f"{key} was {str(before.get(key))[:80]} and is {str(now.get(key))[:80]}"
+def _check_code(done: dict[Path, dict], console: Console) -> None:
+    """Runs to come must be of the same versions as those that are there; of another commit, they are pointed out."""
+    here = versions()
+    for path, record in done.items():
+        if record.get("versions", here) != here:
+            raise ValueError(
+                f"{path} is of other versions: {differences(record['versions'], here)}; install those, choose another "
+                "--output_dir, or train it again with --overwrite"
+            )
+    head = commit()
+    others = {record.get("commit") for record in done.values()} - {head}
+    if others:
+        of, now = (" and ".join(sorted(str(c or "unknown") for c in commits)) for commits in (others, {head}))
+        console.print(
+            f"Complete runs are of commit {of}, and those to come of commit {now}: the report will say so; --overwrite "
+            "trains all of them again",
+            soft_wrap=True,
+            markup=False,
+        )
 
 
 class _Worker:

@@ -50,7 +50,7 @@ def plot_loss(study: StudyResults, path: str | os.PathLike) -> None:
             labels.append(names[place - 1][i])
             axes.fill_between(epoch, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axes.set_title(f"Training cross-entropy, {family} (lower is better)", fontsize=10.5)
-        axes.set(xlabel="epoch", ylabel="nats")
+        axes.set(xlabel="epoch", ylabel="nats, mean and range of seeds")
         drawn = np.concatenate([curve[:, 2:] for curve in curves.values() if len(curve)])
         if drawn.min() > 0 and drawn.max() > 10 * drawn.min():  # within a decade a log axis has odd labels
             axes.set_yscale("log")
@@ -91,7 +91,7 @@ def plot_accuracy_ece(study: StudyResults, path: str | os.PathLike) -> None:
         least = min(least, ece.mean)
     if not handles:
         raise ValueError(f"{path}: nothing to draw, no run has an accuracy and an ECE")
-    title = wrap(f"{study.dataset}, {study.tested_on} (best is top left)", 90)
+    title = wrap(f"{study.dataset}, {study.tested_on}: mean ± deviation over the seeds (best is top left)", 90)
     axes.set_title(title, fontsize=10.5, parse_math=False)
     axes.set(xlabel="ECE", ylabel="accuracy")
     if least > 0:

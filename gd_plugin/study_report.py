@@ -25,8 +25,8 @@ __all__ = ["csv_table", "difference", "markdown_tables", "mean_and_sd", "report"
 
 # Tables of the report: title, and the columns by their keys.
 _RESULTS = ("accuracy", "nll", "brier", "ece", "adaptive_ece", "mce", "confidence_gap")
-_COMPARED = ("accuracy", "nll", "ece", "early_accuracy")
-_PAIRED = ("accuracy", "nll", "ece", "confidence_gap", "early_accuracy")
+_COMPARED = ("accuracy", "nll", "ece", "confidence_gap", "early_accuracy", "train_cross_entropy")
+_PAIRED = ("accuracy", "nll", "ece", "confidence_gap", "early_accuracy", "train_cross_entropy")
 _CALIBRATED = ("nll", "temperature/nll", "vector/nll", "ece", "temperature/ece", "vector/ece")
 _SPEED = ("epochs_to_loss", "epochs_to_accuracy")
 _PICTURES: dict[str, tuple[str, Callable]] = {
@@ -79,11 +79,13 @@ def csv_table(study: StudyResults) -> str:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     names = ("n", "mean", "sd", "difference", "low", "high", "p", "q")
-    table.writerow(["method", "metric", *names, *(f"seed {seed}" for seed in study.seeds)])
-    for method in study.methods:
-        for key, summary in method.summaries.items():
+    table.writerow(["method", "versus", "metric", *names, *(f"seed {seed}" for seed in study.seeds)])
+    groups = [(m.name, study.baseline.name, m.summaries) for m in study.methods]
+    groups += [(pair.warmup.name, pair.fixed.name, pair.summaries) for pair in study.pairs]
+    for name, versus, summaries in groups:
+        for key, summary in summaries.items():
             numbers = [getattr(summary, name) for name in names] + [summary.values.get(seed) for seed in study.seeds]
-            table.writerow([method.name, key, *(_exact(number) for number in numbers)])
+            table.writerow([name, versus, key, *(_exact(number) for number in numbers)])
     return text.getvalue()
 
 
@@ -104,7 +106,7 @@ def _tables(study: StudyResults) -> list[tuple[str, list[str], list[list[str]]]]
     compared = [[m.name, *(difference(key, m.summaries[key]) for key in _COMPARED)] for m in study.methods[1:]]
     paired = [
         [f"{p.warmup.name} / {p.fixed.name}", *(difference(key, p.summaries[key]) for key in _PAIRED)]
-        for p in study.pairs()
+        for p in study.pairs
     ]
     calibrated = [[m.name, *(mean_and_sd(key, m.summaries[key]) for key in _CALIBRATED)] for m in study.methods]
     speed = [[m.name, *(_reached(key, m, study.baseline) for key in _SPEED)] for m in study.methods]
@@ -149,9 +151,10 @@ def _notes(
     ]
     if len(study.seeds) > 1 and len(study.methods) > 1:
         notes.append(
-            f"Differences to {text(study.baseline.name)} are paired by seed: mean (95% interval, Student's t) and q, "
-            "the p-value of the paired t-test corrected for the number of all methods, or of all warm-ups, that the "
-            "table compares (Benjamini-Hochberg). Few seeds find only large differences."
+            f"Differences to {text(study.baseline.name)} are paired by seed: mean (95% interval, Student's t, not "
+            "corrected) and q, the p-value of the paired t-test corrected for the number of comparisons in its column "
+            "(Benjamini-Hochberg); where all seeds differ by the same there is none. Few seeds find only large "
+            "differences."
         )
     elif len(study.seeds) == 1:
         notes.append("One seed: no deviations, intervals or p-values can be given, and differences may be chance.")
@@ -176,14 +179,15 @@ def _diverged(method: Method) -> bool:
 
 
 def difference(key: str, summary: Summary) -> str:
-    """``+0.19 (-0.61 to +0.98), q 0.750``, the mean alone where there is no interval, ``-`` where there is nothing."""
+    """``+0.19 (-0.61 to +0.98), q 0.750``, less where there is no interval or no q, ``-`` where there is nothing."""
     column = COLUMNS[key]
     if math.isnan(summary.difference):
         return "-"
     mean, low, high = (
         _number(v * column.scale, column.digits, True) for v in (summary.difference, summary.low, summary.high)
     )
-    return mean if math.isnan(summary.p) else f"{mean} ({low} to {high}), q {_p(summary.q)}"
+    interval = "" if math.isnan(summary.low) else f" ({low} to {high})"
+    return mean + interval + ("" if math.isnan(summary.q) else f", q {_p(summary.q)}")
 
 
 def _reached(key: str, method: Method, baseline: Method) -> str:

@@ -20,7 +20,7 @@ from gd_plugin.bench import growth, peak_in_mib, step_ratio
 from gd_plugin.bench import summary as summary_of_times
 from gd_plugin.card import study_card
 from gd_plugin.record import STUDY_FILE, hardware, json_text, read_record, write_atomic
-from gd_plugin.stats import COLUMNS, StudyResults, Summary, correct, read_study
+from gd_plugin.stats import COLUMNS, Method, StudyResults, Summary, read_study
 from gd_plugin.study_report import csv_table, difference, markdown_tables, mean_and_sd
 
 ROOT = Path(__file__).parent.parent
@@ -60,72 +60,78 @@ def advice(found: dict[str, StudyResults]) -> str:
     return markdown.table(["recipe", "epochs", "chosen for", "method", "accuracy %", "NLL", "ECE %"], rows)
 
 
-def claims(found: dict[str, StudyResults]) -> str:
-    """Per study: confidence at three betas, and which betas and warm-ups differ significantly from cross-entropy."""
+def gaps(found: dict[str, StudyResults]) -> str:
+    """Per study: how overconfident cross-entropy is, and how much more or less so two betas are."""
     rows = []
     for name, study in found.items():
-        methods = {method.name: method for method in study.methods}
-        gaps = [methods[method].summaries["confidence_gap"] for method in ("beta 0.1", "cross-entropy", "beta 5")]
+        others = [method for beta in ("beta 0.1", "beta 5") for method in study.methods if method.name == beta]
+        cells = [difference("confidence_gap", method.summaries["confidence_gap"]) for method in others]
+        rows.append([name, mean_and_sd("confidence_gap", study.baseline.summaries["confidence_gap"]), *cells])
+    return markdown.table(["recipe", "gap %, cross-entropy", "beta 0.1 minus that", "beta 5 minus that"], rows)
+
+
+def claims(found: dict[str, StudyResults]) -> str:
+    """Per study: which betas and warm-ups are significantly better or worse than cross-entropy."""
+    keys = {"accuracy": 1, "early_accuracy": 1, "train_cross_entropy": -1, "ece": -1, "temperature/ece": -1}
+    rows = []
+    for name, study in found.items():
         ours = [m for m in study.methods[1:] if m.family in ("fixed beta", "warm-up")]
+        rows.append([name, len(ours), *(_significant(ours, key, better) for key, better in keys.items())])
+    titles = ["accuracy", "early accuracy", "training cross-entropy", "ECE", "ECE, temperature"]
+    return markdown.table(["recipe", "betas and warm-ups", *titles], rows)
 
-        def significant(key: str, better: int, ours: list = ours) -> str:
-            certain = [m for m in ours if m.summaries[key].q < 0.05]
-            parts = []
-            for word, sign in (("better", better), ("worse", -better)):
-                names = ", ".join(m.name for m in certain if sign * m.summaries[key].difference > 0)
-                parts.append(f"{word}: {names or 'none'}")
-            return "; ".join(parts)
 
-        cells = [significant("accuracy", 1), significant("early_accuracy", 1), significant("ece", -1)]
-        rows.append([name, len(ours), *(mean_and_sd("confidence_gap", gap) for gap in gaps), *cells])
-    head = ["recipe", "betas and warm-ups", "gap %, beta 0.1", "cross-entropy", "beta 5"]
-    return markdown.table([*head, "accuracy", "early accuracy", "ECE"], rows)
+def _significant(methods: list[Method], key: str, better: int) -> str:
+    """``better: beta 2; beta 5. Worse: none``, of many their number; ``better``: the sign of what is for the better."""
+    certain = [method for method in methods if method.summaries[key].q < 0.05]
+    parts = []
+    for sign in (better, -better):
+        names = [method.name for method in certain if sign * method.summaries[key].difference > 0]
+        parts.append("; ".join(names) if 0 < len(names) < 6 else str(len(names) or "none"))
+    return f"better: {parts[0]}. Worse: {parts[1]}"
 
 
 def warmups(found: dict[str, StudyResults]) -> str:
-    """Per study: its warm-ups to beta 5 from the smallest start, beside beta 5 from the first update on."""
+    """Per study: its linear warm-ups from 0.01 to beta 5, beside beta 5 from the first update on."""
     keys = ("accuracy", "ece", "confidence_gap", "early_accuracy")
     rows = [
         [name, pair.warmup.name, *(difference(key, pair.summaries[key]) for key in keys)]
         for name, study in found.items()
-        for pair in study.pairs()
-        if pair.fixed.name == "beta 5" and re.fullmatch("0.01 to 5 over (50|100)%", pair.warmup.name)
+        for pair in study.pairs
+        if (pair.warmup.gd["beta_start"], pair.fixed.gd["beta"], pair.warmup.gd["schedule"]) == (0.01, 5.0, "linear")
     ]
     return markdown.table(["recipe", "warm-up", "accuracy %", "ECE %", "gap %", "early accuracy %"], rows)
 
 
 def routes() -> str:
     """The same recipe by the Trainer and by timm's train.py: mean, deviation, and the difference by Welch's t-test."""
-    found = {
-        (route, beta): [read_record(path) for path in sorted(RESULTS.glob(f"both_routes/{route}/beta-{beta}-*.json"))]
-        for route in ("trainer", "timm")
-        for beta in (1, 5)
-    }
-    rows, compared = [], []
+    keys, rows = ("accuracy", "nll", "ece"), []
     for beta in (1, 5):
-        values = {
-            route: {key: [record["final"][key] for record in found[route, beta]] for key in ("accuracy", "nll", "ece")}
+        found = {
+            route: [read_record(path) for path in sorted(RESULTS.glob(f"both_routes/{route}/beta-{beta}-*.json"))]
             for route in ("trainer", "timm")
         }
-        for route, metrics in values.items():
+        values = {
+            route: {key: [record["final"][key] for record in records] for key in keys}
+            for route, records in found.items()
+        }
+        for route, of_route in values.items():
             cells = [
                 mean_and_sd(key, Summary({}, len(v), statistics.mean(v), statistics.stdev(v)))
-                for key, v in metrics.items()
+                for key, v in of_route.items()
             ]
-            rows.append([f"beta {beta}, {route}", len(metrics["nll"]), *cells])
-        differences = {}
-        for key, v in values["trainer"].items():
-            test = stats.ttest_ind(v, values["timm"][key], equal_var=False)
-            low, high = test.confidence_interval(0.95)
-            mean = statistics.mean(v) - statistics.mean(values["timm"][key])
-            differences[key] = Summary({}, difference=mean, low=float(low), high=float(high), p=float(test.pvalue))
-        compared.append((len(rows), beta, differences))
-        rows.append([])
-    correct([summary for _, _, differences in compared for summary in differences.values()])
-    for place, beta, differences in compared:
-        cells = [difference(key, summary) for key, summary in differences.items()]
-        rows[place] = [f"beta {beta}, trainer minus timm", "", *cells]
+            rows.append([f"beta {beta}, {route}", len(found[route]), *cells])
+        cells = [unpaired(key, values["trainer"][key], values["timm"][key]) for key in keys]
+        rows.append([f"beta {beta}, trainer minus timm", "", *cells])
     return markdown.table(["route", "n", "accuracy %", "NLL", "ECE %"], rows)
+
+
+def unpaired(key: str, first: list[float], second: list[float]) -> str:
+    """The mean of the first minus that of the second, with Welch's 95% interval and p, which is not corrected."""
+    test = stats.ttest_ind(first, second, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    shown = Summary({}, difference=statistics.mean(first) - statistics.mean(second), low=float(low), high=float(high))
+    return f"{difference(key, shown)}, p {test.pvalue:.2f}"
 
 
 def diagnosis() -> str:
@@ -202,13 +208,14 @@ def rendered() -> dict[Path, str]:
     blocks = {f"table: {name}": summary(name, study) for name, study in found.items()}
     blocks |= {
         "advice": advice(found),
+        "gaps": gaps(found),
         "claims": claims(found),
         "warmups": warmups(found),
         "diagnosis": diagnosis(),
         "routes": routes(),
     }
     blocks |= bench()
-    for marker in re.findall(r"<!-- (table: \w+|advice|claims|warmups|diagnosis|routes|bench_\w+) -->", text):
+    for marker in re.findall(r"<!-- (table: \w+|advice|gaps|claims|warmups|diagnosis|routes|bench_\w+) -->", text):
         # From the marker to the first empty line.
         pattern = rf"(<!-- {re.escape(marker)} -->\n).*?(?=\n\n)"
         text = re.sub(pattern, lambda match, block=blocks[marker]: match[1] + block, text, flags=re.DOTALL)

@@ -168,7 +168,10 @@ BAD = [
     ("train {T}/tag.yaml", r"\S+/tag\.yaml is not a YAML file: could not determine a constructor for the tag"),
     ("train {T}/runs_list.yaml", r"\S+/runs_list.yaml: runs must map names to values, such as `runs: "),
     ("train {T}/runs_text.yaml", r"--runs is not JSON \(.*\): text\n"),
-    ("train {T}/runs_empty.yaml", r"--runs is empty: it must name at least one run\n"),
+    (
+        "train {T}/runs_empty.yaml",
+        r"--runs is empty: name at least one, such as \{five: \{gd_beta: 5\}\} in a recipe\n",
+    ),
     ("train {T}/run_no_mapping.yaml", r"runs: a must map flags to values, got 1\n"),
     ("train {T}/run_date.yaml", r"\S+/run_date\.yaml: runs: keys must be .*; put it in quotes\n"),
     ("train {T}/run_unknown.yaml", r"runs: a: gd_betta is not a flag of gd-plugin train; did you mean gd_beta\?\n"),

@@ -145,15 +145,15 @@ def checkout(tmp_path):
 
 def test_commit_of_a_checkout(checkout):
     package, git = checkout
-    assert record._commit(package) is None  # not tracked
+    assert record.commit(package) is None  # not tracked
     git("add", ".")
-    assert record._commit(package) is None  # no commit yet
+    assert record.commit(package) is None  # no commit yet
     git("commit", "-m", "m")
     head = git("rev-parse", "HEAD")
-    assert len(head) >= 40 and record._commit(package) == head
+    assert len(head) >= 40 and record.commit(package) == head
     (package / "ignored.pyc").touch()
     (package.parent / "notes.txt").touch()
-    assert record._commit(package) == head
+    assert record.commit(package) == head
 
 
 @pytest.mark.parametrize("change", ["gd_plugin/__init__.py", "README.md", "gd_plugin/new.py"])
@@ -162,7 +162,7 @@ def test_a_changed_checkout_is_dirty(checkout, change):
     git("add", ".")
     git("commit", "-m", "m")
     (package.parent / change).write_text("x = 1\n")
-    assert record._commit(package) == git("rev-parse", "HEAD") + "+dirty"
+    assert record.commit(package) == git("rev-parse", "HEAD") + "+dirty"
 
 
 def test_a_package_installed_below_an_unrelated_checkout_has_no_commit(checkout):
@@ -171,8 +171,8 @@ def test_a_package_installed_below_an_unrelated_checkout_has_no_commit(checkout)
     git("commit", "-m", "m")
     installed = package.parent / "ignored-venv" / "gd_plugin"
     shutil.copytree(package, installed)
-    assert record._commit(package) is not None
-    assert record._commit(installed) is None
+    assert record.commit(package) is not None
+    assert record.commit(installed) is None
 
 
 def test_without_git(checkout, monkeypatch):
@@ -180,7 +180,7 @@ def test_without_git(checkout, monkeypatch):
     git("add", ".")
     git("commit", "-m", "m")
     monkeypatch.setenv("PATH", "")
-    assert record._commit(package) is None
+    assert record.commit(package) is None
 
 
 # epochs_from_log ------------------------------------------------------------------------------------------------------

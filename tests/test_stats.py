@@ -154,8 +154,10 @@ def read(tmp_path):
 
 
 def value(run: dict, key: str) -> float:
-    if key == "early_accuracy":  # of three epochs the first is the first after a quarter of training
+    if key == "early_accuracy":  # of three epochs the first is the first at or past a quarter of training
         return run["epochs"][0]["eval_accuracy"]
+    if key == "train_cross_entropy":
+        return run["epochs"][-1]["cross_entropy"]
     calibration, _, metric = key.rpartition("/")
     return (run["calibrated"][calibration] if calibration else run["final"])[metric]
 
@@ -173,7 +175,7 @@ def with_final(key: str, **lists: Iterable[float]) -> list[dict]:
 
 
 def has_test(summary: Summary) -> bool:
-    """Whether there is an interval and a p-value, both or none."""
+    """Whether there is an interval and a p-value, both or none. (Of no difference at all there is a p-value alone.)"""
     absent = {math.isnan(number) for number in (summary.low, summary.high, summary.p, summary.q)}
     assert len(absent) == 1
     return not absent.pop()
@@ -304,7 +306,7 @@ def test_no_difference_at_all_has_a_p_of_one(read):
     base = (0.9, 0.8, 0.7)
     records = with_final("accuracy", base=base, own=base, other=[x + 0.01 * i for i, x in enumerate(base, 1)])
     _, own, other = (method.summaries["accuracy"] for method in read(records).methods)
-    assert (own.difference, own.low, own.high, own.p, own.q) == (0.0, 0.0, 0.0, 1.0, 1.0)
+    assert (own.difference, own.p, own.q) == (0.0, 1.0, 1.0) and math.isnan(own.low) and math.isnan(own.high)
     assert other.q == pytest.approx(2 * other.p) and other.p < 0.2
 
 
@@ -312,19 +314,46 @@ def test_pairs_of_a_warm_up_and_its_final_beta(read, tmp_path):
     more = {"0.1 to 5": {"gd": knobs(beta=5.0, beta_start=0.1, warmup_ratio=0.5)}}
     more |= {"0.1 to 2": {"gd": knobs(beta=2.0, beta_start=0.1, warmup_ratio=0.5)}}  # whose end is not in the study
     more |= {"0.1 to 1": {"gd": knobs(beta_start=0.1, warmup_ratio=0.5)}}  # whose end is the baseline
-    records = runs(METHODS | more, 4)
-    pairs = read(records).pairs()
+    # The first of these is of other settings than the warm-ups.
+    other = record()["config"] | {"learning_rate": 0.1}
+    first = {"cross-entropy": {}, "beta 5, faster": {"gd": knobs(beta=5.0), "config": other}}
+    records = runs(first | METHODS | more, 4)
+    for run in records:  # as a run has them
+        run["config"] = run["config"] | {"gd_beta": [run["gd"]["beta"]], "seed": run["seed"]}
+        if run["gd"]["beta_start"]:
+            run["config"] |= {"gd_beta_start": [run["gd"]["beta_start"]], "gd_warmup_ratio": 0.5}
+    pairs = read(records).pairs
     assert [(pair.warmup.name, pair.fixed.name) for pair in pairs] == [("0.01 to 5", "beta 5"), ("0.1 to 5", "beta 5")]
     for key in PLAIN:
         tests = [ttest_rel(values(records, pair.warmup.name, key), values(records, "beta 5", key)) for pair in pairs]
         for pair, test in zip(pairs, tests, strict=True):
             summary = pair.summaries[key]
-            assert (summary.p, summary.low) == pytest.approx((test.pvalue, test.confidence_interval().low))
+            interval = test.confidence_interval()
+            assert (summary.p, summary.low, summary.high) == pytest.approx((test.pvalue, interval.low, interval.high))
             assert summary.difference != pytest.approx(pair.warmup.summaries[key].difference, rel=1e-3)
         q = benjamini_hochberg([test.pvalue for test in tests])
         assert [pair.summaries[key].q for pair in pairs] == pytest.approx(q)
     without = runs({name: METHODS[name] for name in ("cross-entropy", "beta 5", "focal loss")}, 2)
-    assert read_study(write_study(tmp_path / "without", without)).pairs() == []
+    assert read_study(write_study(tmp_path / "without", without)).pairs == []
+
+
+def test_pairs_have_the_seeds_that_both_have(read):
+    """Beta 5 without seed 1, and a warm-up whose seed 2 has diverged."""
+    names = ("cross-entropy", "beta 5", "0.01 to 5")
+    records = [r for r in runs({n: METHODS[n] for n in names}, 4) if (r["name"], r["seed"]) != ("beta 5", 1)]
+    records = [
+        diverged("0.01 to 5", 2, **METHODS["0.01 to 5"]) if (r["name"], r["seed"]) == ("0.01 to 5", 2) else r
+        for r in records
+    ]
+    (pair,) = read(records).pairs
+    of = {name: [r["final"]["nll"] for r in records if r["name"] == name and r["seed"] in (0, 3)] for name in names}
+    assert pair.summaries["nll"].difference == pytest.approx(np.subtract(of["0.01 to 5"], of["beta 5"]).mean())
+    assert pair.summaries["nll"].p == pytest.approx(ttest_rel(of["0.01 to 5"], of["beta 5"]).pvalue)
+
+
+def test_pairs_of_one_seed(read):
+    (pair,) = read(runs(METHODS, 1)).pairs
+    assert pair.summaries["nll"].difference != 0 and not has_test(pair.summaries["nll"])
 
 
 @pytest.mark.parametrize(
@@ -568,7 +597,9 @@ def test_two_records_of_one_run(tmp_path):
 def test_records_of_several_data_sets(tmp_path):
     records = runs(METHODS, 2)
     records[3]["dataset"] = records[3]["dataset"] | {"test": 359}
-    with pytest.raises(ValueError, match=r"\.json is of other data than the records before it; remove it or train"):
+    with pytest.raises(
+        ValueError, match=r"\.json is of other data than the records before it, test was 359 and is 360; remove"
+    ):
         read_study(write_study(tmp_path, records))
 
 

@@ -145,7 +145,7 @@ def test_the_same_command_again_trains_nothing(study, copy):
     before = state(copy)
     outcome = study(copy)
     assert (outcome.code, outcome.err) == (0, "")
-    assert "4 of 4 runs are complete already" in outcome.out
+    assert "4 of 4 runs are complete already" in outcome.out and "commit" not in outcome.out.replace("one commit", "")
     after = state(copy)
     del before[Path("study.json")], after[Path("study.json")]
     assert after == before
@@ -322,25 +322,41 @@ def test_where_the_data_lie_does_not_make_it_another_study(study, copy):
 def test_records_of_other_versions_stop_a_study(study, copy):
     path = path_of(copy, 1, "five")
     record = json.loads(path.read_text())
-    now = record["versions"]["timm"]
-    path.write_text(json.dumps(record | {"versions": record["versions"] | {"timm": "0.9.0"}}))
+    now = record["versions"]
+    path.write_text(json.dumps(record | {"versions": now | {"timm": "0.9.0", "numpy": "1.0"}}))
+    assert study(copy).code == 0  # nothing is left to train: the report notes it
+    path_of(copy, 0, "ce").unlink()
     before = state(copy)
     code, _, err = study(copy)
     assert (code, state(copy)) == (2, before)
     assert err.endswith(
-        f"seed-1/five.json is of other versions: timm was 0.9.0 and is {now}; install those, choose another "
-        "--output_dir, or train it again with --overwrite\n"
+        f"seed-1/five.json is of other versions: timm was 0.9.0 and is {now['timm']}, numpy was 1.0 and is "
+        f"{now['numpy']}; install those, choose another --output_dir, or train it again with --overwrite\n"
     )
 
 
 def test_records_of_another_commit_are_pointed_out(study, copy):
     path = path_of(copy, 1, "five")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"commit": "0123456789abcdef"}))
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"commit": "0123456789abcdef+dirty"}))
+    outcome = study(copy)
+    assert outcome.code == 0 and "Complete runs are of commit" not in outcome.out  # and none is to come
     path_of(copy, 0, "five").unlink()
     outcome = study(copy)
     assert outcome.code == 0
-    assert "the complete runs are of commit 0123456789, those to come of " in outcome.out
+    now = record["commit"] or "unknown"
+    assert f"Complete runs are of commit 0123456789abcdef+dirty, and those to come of commit {now}: " in outcome.out
     assert "The runs are not all of one commit" in outcome.out
+
+
+def test_records_from_before_a_version_was_kept(study, copy):
+    path = path_of(copy, 1, "five")
+    record = json.loads(path.read_text())
+    del record["versions"], record["commit"]
+    record["config"]["num_classes"] = 10  # a flag of that time
+    path.write_text(json.dumps(record))
+    path_of(copy, 0, "ce").unlink()
+    assert study(copy).code == 0 and json.loads(path.read_text()) == record
 
 
 # Runs that are trained again, and runs that go wrong ------------------------------------------------------------------
@@ -424,10 +440,10 @@ def test_nothing_is_written_before_it_runs(small, tmp_path, monkeypatch):
     argv = ["digits", *small[:-2], "--seeds", "3", "--jobs", "2", "--methods", "beta 5", "cross-entropy"]
     job = prepare(argv, recipes_folder())
     assert (job.folder, job.jobs, job.seeds) == (Path("studies/digits"), 2, 3)
-    # In the order that was asked for, and all methods of a seed before the next one.
+    # In the order of the recipe, whose first method is the baseline, and all methods of a seed before the next one.
     names = [(task.seed, task.run.name) for task in job.tasks]
-    assert names == [(seed, name) for seed in range(3) for name in ("beta 5", "cross-entropy")]
-    assert job.tasks[2].path(job.folder) == Path("studies/digits/seed-1/beta-5.json")
+    assert names == [(seed, name) for seed in range(3) for name in ("cross-entropy", "beta 5")]
+    assert job.tasks[3].path(job.folder) == Path("studies/digits/seed-1/beta-5.json")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -459,7 +475,7 @@ BAD = [
     (f"{STUDY} --xyzzy", r"--xyzzy is not a flag of gd-plugin \w+; --help lists them"),
     ("nope", r"there is no recipe nope; give a YAML file, or one of those that come with the package: .*\bdigits\b.*"),
     (f"--dataset digits {MODEL}", r"no methods to compare: give a recipe with `study`, or --study '.*'"),
-    (f"--dataset digits {MODEL} --study {{}}", r"--study is empty: it must name at least one run"),
+    (f"--dataset digits {MODEL} --study {{}}", r"--study is empty: name at least one, such as .*"),
     (f"--dataset digits {MODEL} --study [1]", r"--study must be a JSON object.*, got \[1\]"),
     (f"--dataset digits {MODEL} --study {{", r"--study is not JSON \(.*\): \{"),
     (f"{STUDY} --jbs 2", r"--jbs is not a flag of gd-plugin study; did you mean jobs\?"),
@@ -492,9 +508,10 @@ BAD = [
     (f"--dataset {{T}} --model {{B}} {TWO} --augmentation crop", r"--augmentation crop is for images, \S+ holds text"),
     (
         f"{STUDY} --classes 0 1 2",
-        r"digits has the classes 0, 1, 2, \.\.\. \(10\), not --classes 0, 1, 2 \(3\): this is other data than .*",
+        r"digits holds other data than the recipe is for, by its classes: it has '3', '4', '5' and 4 more and lacks "
+        r"none\. If they are the same under other names, give those as --classes",
     ),
-    (f"{STUDY} --classes 9 8 7 6 5 4 3 2 1 10", r"digits has the classes .*, not --classes 9, 8, 7, \.\.\. \(10\): .*"),
+    (f"{STUDY} --classes 9 8 7 6 5 4 3 2 1 ten", r"digits holds .* by its classes: it has '0' and lacks 'ten'\. If .*"),
     (f"{STUDY} --data_dir {{T}}/nowhere", r"--data_dir \S+/nowhere: there is no such folder; .* that holds digits"),
     (
         f'--dataset digits {MODEL} --study {{"a":{{"gd_beta_start":0.1,"gd_warmup_steps":99}}}} --max_train_samples 64',

@@ -173,9 +173,14 @@ def page(folder: Path) -> Page:
 
 
 def raw(folder: Path) -> dict[tuple[str, str], dict[str, str]]:
-    """The CSV's rows by method and metric."""
+    """The CSV's rows by method and metric; of a warm-up beside its final beta by both, ``"0.01 to 5 / beta 5"``."""
     with open(folder / "table.csv", encoding="utf-8", newline="") as file:
-        return {(row["method"], row["metric"]): row for row in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    first = rows[0]["method"]
+    return {
+        (row["method"] if row["versus"] == first else f"{row['method']} / {row['versus']}", row["metric"]): row
+        for row in rows
+    }
 
 
 def printed(out: str) -> dict[str, list[str]]:
@@ -296,7 +301,7 @@ def test_markdown_and_page_have_the_same_tables(grid):
 
 def test_every_row_has_as_many_cells_as_its_head(grid):
     """In the file itself: a viewer drops what is too much."""
-    assert [widths(table) for table in raw_tables(grid[0])] == [{9}, {5}, {6}, {7}, {3}]
+    assert [widths(table) for table in raw_tables(grid[0])] == [{9}, {7}, {7}, {7}, {3}]
 
 
 def raw_tables(folder: Path) -> list[list[str]]:
@@ -312,9 +317,13 @@ def widths(lines: list[str]) -> set[int]:
 
 def test_the_csv_holds_the_records_values(grid):
     rows = raw(grid[0])
-    assert list(rows) == [(name, key) for name in GRID for key in COLUMNS]
+    pairs = [f"{name} / beta 5" for name in GRID if " to 5" in name]
+    assert len(pairs) == 4 and list(rows) == [
+        (name, key) for name in [*GRID, *pairs] for key in COLUMNS if name in GRID or not key.startswith("epochs")
+    ]
     for (name, key), row in rows.items():
-        if key.startswith(("epochs", "early")):
+        name, *_ = name.split(" / ")
+        if key.startswith(("epochs", "early", "train")):
             continue
         calibration, _, metric = key.rpartition("/")
         for seed in range(3):
@@ -325,9 +334,11 @@ def test_the_csv_holds_the_records_values(grid):
 
 def test_the_csv_holds_every_number(grid):
     study = read_study(grid[0])
-    for method in study.methods:
-        for key, summary in method.summaries.items():
-            row = raw(grid[0])[method.name, key]
+    groups = {method.name: method.summaries for method in study.methods}
+    groups |= {f"{pair.warmup.name} / {pair.fixed.name}": pair.summaries for pair in study.pairs}
+    for group, summaries in groups.items():
+        for key, summary in summaries.items():
+            row = raw(grid[0])[group, key]
             for name in ("n", "mean", "sd", "difference", "low", "high", "p", "q"):
                 number = getattr(summary, name)
                 assert row[name] == "" if math.isnan(number) else float(row[name]) == number
@@ -363,20 +374,24 @@ def test_cells_are_the_csvs_means_and_deviations(grid, table, titles):
             assert cell.startswith(("+", "-")) is (title == "gap %")
 
 
-def test_cells_of_differences(grid):
-    head, *rows = rendered((grid[0] / "table.md").read_text()).tables["Difference to cross-entropy"]
+@pytest.mark.parametrize("title", ["Difference to cross-entropy", PAIRS])
+def test_cells_of_differences(grid, title):
+    head, *rows = rendered((grid[0] / "table.md").read_text()).tables[title]
     assert head == [
-        "method",
+        "methods" if title == PAIRS else "method",
         "accuracy %",
         "NLL",
         "ECE %",
-        "validation accuracy %, first epoch past a quarter of training",
+        "gap %",
+        "validation accuracy %, first epoch at or past a quarter of training",
+        "training cross-entropy, last epoch",
     ]
-    assert [row[0] for row in rows] == list(GRID)[1:]
+    keys = (("accuracy", 100, 2), ("nll", 1, 4), ("ece", 100, 2), ("confidence_gap", 100, 2))
+    keys += (("early_accuracy", 100, 2), ("train_cross_entropy", 1, 4))
+    warmups = [f"{name} / beta 5" for name in GRID if " to 5" in name]
+    assert [row[0] for row in rows] == (warmups if title == PAIRS else list(GRID)[1:])
     for row in rows:
-        for (key, scale, digits), cell in zip(
-            (("accuracy", 100, 2), ("nll", 1, 4), ("ece", 100, 2), ("early_accuracy", 100, 2)), row[1:], strict=True
-        ):
+        for (key, scale, digits), cell in zip(keys, row[1:], strict=True):
             number = raw(grid[0])[row[0], key]
             expected = [scale * float(number[name]) for name in ("difference", "low", "high")]
             *found, q = numbers(cell)
@@ -395,10 +410,11 @@ def test_numbers_in_a_cell(tmp_path):
     base, own = (dict(zip(markdown.tables["Results"][0], row, strict=True)) for row in markdown.tables["Results"][1:])
     assert (base["accuracy %"], base["NLL"], base["gap %"]) == ("50.00 ± 0.00", "0.2500 ± 0.0000", "+0.00 ± 0.00")
     assert (own["ECE %"], own["gap %"], own["n"]) == ("8.50 ± 1.29", "+2.00 ± 0.00", "4")
-    _, accuracy, nll, ece, _ = markdown.tables["Difference to base"][1]
+    _, accuracy, nll, ece, gap, *_ = markdown.tables["Difference to base"][1]
     # 25 plus or minus 3.182 * 3.227 / 2, and a t of 15.5 with 3 degrees of freedom: 0.0006
     assert accuracy == "+25.00 (+19.86 to +30.14), q < 0.001"
-    assert nll == "+0.0000 (+0.0000 to +0.0000), q 1.000"  # equal runs
+    assert nll == "+0.0000, q 1.000"  # equal runs
+    assert gap == "+2.00"  # equal differences
     # -1.5 plus or minus 3.182 * 1.29 / 2, and a t of 2.32 with 3 degrees of freedom
     assert ece == "-1.50 (-3.55 to +0.55), q 0.103"
 
@@ -590,10 +606,10 @@ def test_names_break_no_table(report, tmp_path, undrawn, first):
             ]
         else:
             assert [row[0] for row in rows] == (names[1:] if title.startswith("Difference") else names)
-    assert [widths(table) for table in raw_tables(folder)] == [{9}, {5}, {6}, {7}, {3}]
+    assert [widths(table) for table in raw_tables(folder)] == [{9}, {7}, {7}, {7}, {3}]
     assert html.tables["Epochs"][0][1] == f"epochs to {first}'s final training cross-entropy"
     assert list(printed(out)) == names
-    assert list(dict.fromkeys(name for name, _ in raw(folder))) == names
+    assert list(dict.fromkeys(name for name, _ in raw(folder)))[: len(names)] == names
 
     words = " ".join(names)
     assert html.texts["h1"] == [f"data {words}: beta of the gradient-decay loss"]
