@@ -217,8 +217,8 @@ def rendered() -> dict[Path, str]:
     blocks |= bench()
     for marker in re.findall(r"<!-- (table: \w+|advice|gaps|claims|warmups|diagnosis|routes|bench_\w+) -->", text):
         # From the marker to the first empty line.
-        pattern = rf"(<!-- {re.escape(marker)} -->\n).*?(?=\n\n)"
-        text = re.sub(pattern, lambda match, block=blocks[marker]: match[1] + block, text, flags=re.DOTALL)
+        pattern = rf"(<!-- {re.escape(marker)} -->\n)(?:[^\n]+\n)*"
+        text = re.sub(pattern, lambda match, block=blocks[marker]: match[1] + block + "\n", text)
     files[readme] = text
     return files
 
