@@ -32,10 +32,11 @@ __all__ = ["main"]
 SHAPES = ((128, 10), (1024, 1000), (4096, 1000), (2048, 50257))
 GPU_SHAPES = (*SHAPES, (8192, 128256))
 LINEAR = (2048, 256, 50257)
+MODEL = (1024, 256, 128256)  # tokens, width and vocabulary of a language model
 CLASSES = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
 ROWS = 32  # of the logits of so many classes
 SHORTEST = 5e-3  # seconds: what is faster is repeated within a measurement
-PARTS = ("logits", "smoothing", "linear", "classes", "step")
+PARTS = ("logits", "smoothing", "linear", "model", "classes", "step")
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
@@ -224,6 +225,7 @@ def run(options, console: Console) -> dict:
             ("logits", SHAPES if device == "cpu" else GPU_SHAPES),
             ("smoothing", SHAPES[2:3]),
             ("linear", (LINEAR,)),
+            ("model", (MODEL,)),
             ("classes", tuple((ROWS, classes) for classes in CLASSES)),
         )
         if part in options.parts
@@ -262,7 +264,7 @@ def run(options, console: Console) -> dict:
                 if "seconds" in route:
                     route["peak"] = _peak_of_fresh_process(case, name)
                 tick()
-            known = {"name": case.name, "bytes_moved": case.bytes_moved if case.part != "linear" else 0,
+            known = {"name": case.name, "bytes_moved": 0 if case.part in ("linear", "model") else case.bytes_moved,
                      "bandwidth": result["bandwidth"], "routes": routes}  # fmt: skip
             if case.part == "classes":
                 result["classes"].append({**known, "classes": case.shape[1]})

@@ -186,6 +186,15 @@ def _metric_learning(case: Case) -> Step:
     return step
 
 
+def _language_model(kind: str) -> Callable[[Case], Step]:
+    def prepare(case: Case) -> Step:
+        from .bench_step import step_of_language_model  # and with it transformers, which the others can do without
+
+        return step_of_language_model(kind, *case.shape, case.dtype, case.device)
+
+    return prepare
+
+
 def _needs_gpu(case: Case, what: str) -> None:
     if case.device == "cpu":
         raise RuntimeError(f"{what}: a GPU")
@@ -219,5 +228,10 @@ ROUTES: dict[str, dict[str, Callable[[Case], Step]]] = {
         "Liger fused linear": _liger_linear,
         "cut-cross-entropy": _cut,
         "pytorch-metric-learning CosFace": _metric_learning,
+    },
+    "model": {
+        "Trainer": _language_model("Trainer"),
+        "GradientDecayTrainer": _language_model("GradientDecayTrainer"),
+        "GradientDecayTrainer, gd_fused_linear": _language_model("gd_fused_linear"),
     },
 }

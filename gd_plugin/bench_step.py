@@ -13,6 +13,8 @@ from torch.utils.data import Dataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     ResNetConfig,
     ResNetForImageClassification,
     Trainer,
@@ -23,7 +25,7 @@ from transformers import (
 
 from .hf import GradientDecayTrainer, GradientDecayTrainingArguments
 
-__all__ = ["STEPS", "measure_step"]
+__all__ = ["STEPS", "measure_step", "step_of_language_model"]
 
 _BLOCK = 4  # steps of one Trainer before it is the other's turn
 _CLASSES = 100
@@ -119,3 +121,32 @@ def measure_step(name: str, rounds: int, device: str) -> dict:
     parameters = sum(p.numel() for p in trainers[0].model.parameters())
     milliseconds = 1e3 * statistics.median(found["trainer"])
     return {"model": name, "parameters": parameters, "batch": batch, "ms": milliseconds, **found}
+
+
+def step_of_language_model(
+    kind: str, tokens: int, width: int, vocabulary: int, dtype: torch.dtype, device: str
+) -> Callable[[], None]:
+    """Forward and backward of a Llama of two layers as a Trainer makes them, of two sequences, without the optimizer.
+
+    Args:
+        kind: ``"Trainer"``, ``"GradientDecayTrainer"`` or ``"gd_fused_linear"``, which is the latter with that flag.
+    """
+    set_seed(0)
+    sizes = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(vocab_size=vocabulary, max_position_embeddings=tokens, pad_token_id=0, **sizes)
+    model = LlamaForCausalLM(config).to(device, dtype)
+    options = dict(output_dir=tempfile.gettempdir(), report_to="none", use_cpu=device == "cpu", disable_tqdm=True)
+    if kind == "Trainer":
+        trainer = Trainer(model, TrainingArguments(**options))
+    else:
+        fused = kind == "gd_fused_linear"
+        trainer = GradientDecayTrainer(
+            model, GradientDecayTrainingArguments(gd_beta=5.0, gd_fused_linear=fused, **options)
+        )
+    ids = torch.randint(vocabulary, (2, tokens // 2), device=device)
+
+    def step() -> None:
+        model.zero_grad()
+        trainer.compute_loss(model, {"input_ids": ids, "labels": ids}).backward()
+
+    return step

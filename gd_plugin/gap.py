@@ -187,7 +187,7 @@ def _others_in_blocks(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, T
 
 def gradient_in_place(
     logits: Tensor, target: Tensor, beta: float | Tensor, weight: Tensor | None, ignore_index: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The per-sample loss of logits that are needed no longer: they become its gradient. No graph is made.
 
     Args:
@@ -196,7 +196,7 @@ def gradient_in_place(
         beta, weight, ignore_index: as in `gradient_decay_cross_entropy`, by which they are checked.
 
     Returns:
-        Shape (N), in fp64 (fp32 on devices without it).
+        The loss and the plain cross-entropy, without beta and weight; shape (N), in fp64 (fp32 on devices without it).
 
     Raises:
         RuntimeError: as `gradient_decay_cross_entropy`.
@@ -211,8 +211,9 @@ def gradient_in_place(
         gap, top, total = _kernels().row_numbers(logits, index)
         slope = ((gap - log_beta).sigmoid() * scale).masked_fill(ignored, 0.0)
         _kernels().write_gradient(logits, index, slope, top, total, out=logits)
-        return (log_add(gap, log_beta) * scale).masked_fill(ignored, 0.0)
-    losses = []
+        cross_entropy = F.softplus(gap, threshold=40).masked_fill(ignored, 0.0)
+        return (log_add(gap, log_beta) * scale).masked_fill(ignored, 0.0), cross_entropy
+    losses, cross_entropies = [], []
     on_cpu = logits.device.type == "cpu"
     rows = max(1, BLOCK // logits.shape[1]) if on_cpu else max(1, len(logits))
     buffer = torch.empty_like(logits[:rows])
@@ -226,12 +227,13 @@ def gradient_in_place(
         total = share.sum(1)  # as in `_TargetGap`
         gap = z.amax(1).to(scale.dtype) - of_target + (total / share.amax(1)).to(scale.dtype).log()
         losses.append((log_add(gap, log_beta_of_part) * scale[part]).masked_fill(left_out, 0.0))
+        cross_entropies.append(F.softplus(gap, threshold=40).masked_fill(left_out, 0.0))
         slope = (gap - log_beta_of_part).sigmoid() * scale[part]  # dJ / dgap
         torch.mul(share, (slope / total).to(z.dtype).unsqueeze(1), out=z)
         z.scatter_(1, c, -slope.to(z.dtype).unsqueeze(1))
         if not on_cpu or left_out.any():  # a GPU would have to be waited for
             z.masked_fill_(left_out.unsqueeze(1), 0.0)
-    return torch.cat(losses) if losses else scale
+    return (torch.cat(losses), torch.cat(cross_entropies)) if losses else (scale, scale)
 
 
 def log_add(gap: Tensor, log_beta: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from .config import GradientDecayConfig, rename_fields
-from .hf_loss import DATA_PARALLEL, IGNORE_INDEX, GradientDecayLossFunc, check_model, is_language_model
+from .hf_fused import FusedHead
+from .hf_loss import DATA_PARALLEL, IGNORE_INDEX, GradientDecayLossFunc, check_model, is_language_model, shifted
 from .metrics import METRICS, ClassificationMetrics
 from .schedule import beta_at
 
@@ -63,6 +64,13 @@ class GradientDecayTrainingArguments(TrainingArguments):
     gd_warmup_steps: int = field(default=0, metadata=_HELP["warmup_steps"])
     gd_warmup_epochs: float = field(default=0.0, metadata=_HELP["warmup_epochs"])
     gd_class_weights: list[float] | None = field(default=None, metadata=_HELP["class_weights"])
+    gd_fused_linear: bool = field(
+        default=False,
+        metadata={
+            "help": "Language models: compute the loss in the output layer, chunk by chunk, and never hold the logits "
+            "of the whole batch in training."
+        },
+    )
 
     def __post_init__(self):
         for name in ("gd_beta", "gd_beta_start"):  # a flag that takes one or several numbers yields a list
@@ -205,6 +213,12 @@ class GradientDecayMixin:
             except ValueError as error:
                 raise ValueError(with_gd_prefix(error)) from None
         self._gd_num_classes = num_classes
+        if getattr(self.args, "gd_fused_linear", False):
+            if self.args.torch_compile:
+                raise ValueError(
+                    "gd_fused_linear changes the model's forward, which torch_compile keeps; leave one out"
+                )
+            self.compute_loss_func.head = FusedHead(self.model, self.compute_loss_func.loss)
         # Decided once: unwrapping the model in every step would cost.
         encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
         self._gd_decodes = encoder_decoder and is_language_model(self.model)
@@ -254,7 +268,10 @@ class GradientDecayMixin:
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = self._gd_with_decoder_inputs(model, self._gd_with_labels(inputs))
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        with self._gd_fused(inputs):
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
         if not return_outputs:
             return loss
         # `prediction_step` reads the first entry as the logits, and drops a tuple's first, the model's own loss.
@@ -262,6 +279,13 @@ class GradientDecayMixin:
             first = next((key for key in outputs if key != "loss"), None)
             return loss, outputs if first == "logits" else {"logits": outputs["logits"], **outputs}
         return loss, (loss, *outputs) if isinstance(outputs, (tuple, list)) else (loss, outputs)
+
+    def _gd_fused(self, inputs: dict):
+        """In training with ``gd_fused_linear``: the loss in place of the logits."""
+        loss = self.compute_loss_func
+        if loss.head is None or "labels" not in inputs or not torch.is_grad_enabled():
+            return nullcontext()
+        return loss.head.instead_of_logits(shifted(inputs["labels"]) if loss.shift_labels else inputs["labels"])
 
     def _gd_with_decoder_inputs(self, model, inputs: dict) -> dict:
         """An encoder-decoder makes its decoder's input from the labels, which the loss takes away from it."""

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
 
 from .config import GradientDecayConfig
 from .functional import gradient_decay_cross_entropy
+from .linear import divisor_of_mean
 from .loss import GradientDecayLoss
 
 __all__ = ["GradientDecayLossFunc"]
@@ -56,6 +57,7 @@ class GradientDecayLossFunc:
     def __init__(self, config: GradientDecayConfig) -> None:
         self.shift_labels: bool | None = None  # known once the callback has met the model
         self.calls = 0  # in training
+        self.head: Any = None  # a `gd_plugin.hf_fused.FusedHead`, where the logits are never made
         self._cross_entropy: Tensor | None = None
         self.configure(config)
 
@@ -89,6 +91,8 @@ class GradientDecayLossFunc:
                 "the batch has no labels: the gradient-decay loss needs a column 'labels' (or 'label'), or "
                 "GradientDecayTrainer with label_names=['your_column']"
             )
+        if self.head is not None and self.head.active:
+            return self._of_head(outputs, labels, num_items_in_batch)
         logits, target = _align(_logits(outputs), labels, self.shift_labels)
         divisor = _divisor(num_items_in_batch, target, logits.shape[-1])
         reduction = "mean" if divisor is None else "sum"
@@ -103,6 +107,15 @@ class GradientDecayLossFunc:
             cross_entropy = cross_entropy * count  # from their mean back to the sum
         self._cross_entropy += torch.stack([cross_entropy.float(), count])
         return loss if divisor is None else loss / divisor
+
+    def _of_head(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """The same, where the model's head has computed the sums, which stand in the place of the logits."""
+        total = _logits(outputs).reshape(())
+        target = (shifted(labels) if self.shift_labels else labels).to(total.device)
+        self.calls += 1
+        self._cross_entropy += torch.stack([self.head.cross_entropy, _count(target)])
+        divisor = _divisor(num_items_in_batch, target, 1)
+        return total / (divisor_of_mean(target, self.loss.weight, IGNORE_INDEX) if divisor is None else divisor)
 
     def compute(self, logits: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
         """The training loss and the plain cross-entropy of (N, C) logits, reduced; another loss overrides this."""
@@ -139,11 +152,16 @@ def _align(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor]
     if shift and soft:
         raise ValueError("a causal language model needs token indices as labels, got probabilities of every token")
     if shift:
-        # The labels move, not the logits: a copy of the logits of a large vocabulary is what runs out of memory.
-        labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+        labels = shifted(labels)
     target = labels.to(logits.device)
     target = target.reshape(-1, num_classes) if soft else target.reshape(-1)
     return logits.reshape(-1, num_classes), target
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """The label of position i + 1 at position i. The labels move, not the logits: a copy of the logits of a large
+    vocabulary is what runs out of memory."""
+    return nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
 
 
 def _count(target: Tensor) -> Tensor:

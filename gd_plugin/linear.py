@@ -27,7 +27,9 @@ def linear_gradient_decay_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> Tensor:
+    *,
+    return_cross_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`gradient_decay_cross_entropy` of ``F.linear(input, linear_weight, linear_bias)``, never holding all logits.
 
     Torch equivalent: ``gradient_decay_cross_entropy(F.linear(input, linear_weight, linear_bias), target, beta, weight,
@@ -41,10 +43,11 @@ def linear_gradient_decay_cross_entropy(
         target: class indices, shape (N), any integer dtype.
         beta: gradient-decay coefficient > 0, a number, a 0-dim tensor or shape (C). No gradient is made for it.
         linear_bias: of the head, shape (C).
-        weight, ignore_index, reduction, label_smoothing: as in `gradient_decay_cross_entropy`.
+        weight, ignore_index, reduction, label_smoothing, return_cross_entropy: as in `gradient_decay_cross_entropy`.
 
     Returns:
-        The loss: 0-dim, or shape (N) for ``"none"``; fp32 for fp16, bf16 and fp32, fp64 for fp64.
+        The loss: 0-dim, or shape (N) for ``"none"``; fp32 for fp16, bf16 and fp32, fp64 for fp64. With
+        ``return_cross_entropy`` a pair.
 
     Raises:
         ValueError: shapes that do not fit, a beta that requires grad, and what `gradient_decay_cross_entropy` refuses.
@@ -71,17 +74,17 @@ def linear_gradient_decay_cross_entropy(
 
     knobs = (beta, weight, ignore_index, "none", label_smoothing)
     if reduction == "none":
-        return _Rows.apply(input, linear_weight, linear_bias, target, knobs)
-    total = _Sum.apply(
-        input, linear_weight, linear_bias, target, knobs, _divisor(target, weight, ignore_index, reduction)
-    )
-    return total
+        loss, cross_entropy = _Rows.apply(input, linear_weight, linear_bias, target, knobs)
+    else:
+        divisor = divisor_of_mean(target, weight, ignore_index) if reduction == "mean" else None
+        loss, cross_entropy = _Sum.apply(input, linear_weight, linear_bias, target, knobs, divisor)
+        if reduction == "mean" and return_cross_entropy:
+            cross_entropy = cross_entropy / (target != ignore_index).sum()
+    return (loss, cross_entropy) if return_cross_entropy else loss
 
 
-def _divisor(target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> Tensor | None:
-    """What ``F.cross_entropy`` divides a mean by."""
-    if reduction == "sum":
-        return None
+def divisor_of_mean(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What ``F.cross_entropy`` divides the mean over class indices by."""
     kept = target != ignore_index
     if weight is None:
         return kept.sum()
@@ -95,26 +98,32 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, linear_weight, linear_bias, target, knobs, divisor):
         needed = ctx.needs_input_grad[:3]
-        sums, grads = [], _Gradients(input, linear_weight, linear_bias, needed)
+        sums, cross_entropies, grads = [], [], _Gradients(input, linear_weight, linear_bias, needed)
         # The mean of no row is 0 / 0, and its gradient 0: as F.cross_entropy.
         scale = None if divisor is None else divisor.masked_fill(divisor == 0, 1)
         for rows in _chunks(input, linear_weight):
             logits = F.linear(input[rows], linear_weight, linear_bias)
             if any(needed):
-                loss, grad_logits = _with_gradient(logits, target[rows], knobs)
+                loss, cross_entropy, grad_logits = _with_gradient(logits, target[rows], knobs)
                 grads.add(rows, grad_logits if scale is None else grad_logits.div_(scale))
                 del grad_logits
             else:
-                loss = gradient_decay_cross_entropy(logits, target[rows], *knobs)
+                loss, cross_entropy = gradient_decay_cross_entropy(
+                    logits, target[rows], *knobs, return_cross_entropy=True
+                )
             sums.append(loss.sum())
+            cross_entropies.append(cross_entropy.sum())
             del logits
         ctx.save_for_backward(*grads.tensors)
         dtype = torch.promote_types(input.dtype, torch.float32)
-        total = torch.stack(sums).sum() if sums else input.new_zeros((), dtype=dtype)
-        return (total if divisor is None else total / divisor).to(dtype)
+        zero = input.new_zeros((), dtype=dtype)
+        total, cross_entropy = (torch.stack(parts).sum() if parts else zero for parts in (sums, cross_entropies))
+        cross_entropy = cross_entropy.to(dtype, copy=True)  # without any row both would be one tensor
+        ctx.mark_non_differentiable(cross_entropy)
+        return (total if divisor is None else total / divisor).to(dtype), cross_entropy
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         _refuse_second_derivative()
         saved = ctx.saved_tensors
         if grad.device.type != "cpu" or grad != 1:  # as it is after loss.backward(); a GPU would have to be waited for
@@ -129,22 +138,24 @@ class _Rows(torch.autograd.Function):
     def forward(ctx, input, linear_weight, linear_bias, target, knobs):
         ctx.knobs = knobs
         ctx.save_for_backward(input, linear_weight, linear_bias, target)
-        losses = [
-            gradient_decay_cross_entropy(F.linear(input[rows], linear_weight, linear_bias), target[rows], *knobs)
-            for rows in _chunks(input, linear_weight)
-        ]
-        return (
-            torch.cat(losses) if losses else input.new_zeros(0, dtype=torch.promote_types(input.dtype, torch.float32))
-        )
+        empty = input.new_zeros(0, dtype=torch.promote_types(input.dtype, torch.float32))
+        pairs = [(empty, empty)]
+        for rows in _chunks(input, linear_weight):
+            logits = F.linear(input[rows], linear_weight, linear_bias)
+            pairs.append(gradient_decay_cross_entropy(logits, target[rows], *knobs, return_cross_entropy=True))
+            del logits
+        loss, cross_entropy = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        ctx.mark_non_differentiable(cross_entropy)
+        return loss, cross_entropy
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         _refuse_second_derivative()
         input, linear_weight, linear_bias, target = ctx.saved_tensors
         grads = _Gradients(input, linear_weight, linear_bias, ctx.needs_input_grad[:3])
         for rows in _chunks(input, linear_weight):
             logits = F.linear(input[rows], linear_weight, linear_bias)
-            _, grad_logits = _with_gradient(logits, target[rows], ctx.knobs)
+            _, _, grad_logits = _with_gradient(logits, target[rows], ctx.knobs)
             grads.add(rows, grad_logits.mul_(grad[rows].unsqueeze(1)))
             del logits, grad_logits
         return *grads.tensors, None, None
@@ -159,17 +170,19 @@ def _refuse_second_derivative() -> None:
         )
 
 
-def _with_gradient(logits: Tensor, target: Tensor, knobs: tuple) -> tuple[Tensor, Tensor]:
-    """The loss of every row, and its gradient with respect to the logits, which are used up."""
+def _with_gradient(logits: Tensor, target: Tensor, knobs: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and plain cross-entropy of every row, and the gradient of the loss by the logits, which are used up."""
     beta, weight, ignore_index, _, label_smoothing = knobs
     if label_smoothing == 0:
         check(logits, target, beta, weight, ignore_index, "none", label_smoothing, 1, False)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return gradient_in_place(logits, target, beta, weight, ignore_index), logits
+        return *gradient_in_place(logits, target, beta, weight, ignore_index), logits
     with torch.enable_grad():
-        loss = gradient_decay_cross_entropy(logits.requires_grad_(), target, *knobs)
+        loss, cross_entropy = gradient_decay_cross_entropy(
+            logits.requires_grad_(), target, *knobs, return_cross_entropy=True
+        )
         (gradient,) = torch.autograd.grad(loss.sum(), logits)
-    return loss.detach(), gradient
+    return loss.detach(), cross_entropy, gradient
 
 
 class _Gradients:

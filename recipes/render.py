@@ -141,11 +141,13 @@ def diagnosis() -> str:
 
 
 def bench() -> dict[str, str]:
-    """What `python -m gd_plugin.bench` measured: a table of the logits' routes, one of a linear head's, the rest."""
+    """What `python -m gd_plugin.bench` measured: a table of every part, and the rest."""
     result = json.loads((RESULTS / "bench/bench.json").read_bytes())
     blocks = {}
-    for part in ("logits", "smoothing", "linear"):
+    for part in ("logits", "smoothing", "linear", "model"):
         cases = [case for case in result["cases"] if case["name"].startswith(part)]
+        if not cases:
+            continue
         base = next(iter(cases[0]["routes"]))
         found = [summary_of_times(case["routes"], base) for case in cases]
         rows = []

@@ -17,6 +17,11 @@ SCENARIOS = {
     "tokens": ("tokens", dict(beta=0.1)),
     "tokens, class weights": ("tokens", dict(beta=0.1, class_weights=[0.1, 3.0, 1.0, 0.5, 2.0])),
     "llama": ("llama", dict(beta=5.0, beta_start=0.1, warmup_steps=2)),
+    "llama, fused": ("llama", dict(beta=5.0, beta_start=0.1, warmup_steps=2, fused_linear=True)),
+    "gpt2, class weights, fused": (
+        "gpt2",
+        dict(beta=0.1, class_weights=[0.1, 3.0] * (VOCABULARY // 2), fused_linear=True),
+    ),
     "gpt2, class weights": ("gpt2", dict(beta=0.1, class_weights=[0.1, 3.0] * (VOCABULARY // 2))),
     "bert, class weights": ("bert", dict(beta=0.1, class_weights=[0.1] + [2.0] * (CLASSES - 1))),
 }

@@ -41,10 +41,10 @@ def test_two_trainings_take_turns(measured):
         assert 0.1 < step_ratio(step)[1] < 10
 
 
-@pytest.mark.parametrize("part", ["logits", "smoothing", "linear"])
+@pytest.mark.parametrize("part", ["logits", "smoothing", "linear", "model"])
 def test_every_route_is_a_loss_with_a_gradient(part):
     """Those that can run here; the compiled ones are torch's."""
-    case = Case(part, (6, 8, 12) if part == "linear" else (6, 12), torch.float32, "cpu")
+    case = Case(part, (6, 8, 12) if part in ("linear", "model") else (6, 12), torch.float32, "cpu")
     ran = []
     for name, prepare in case.routes.items():
         if "compiled" in name:

@@ -70,6 +70,29 @@ def test_as_the_loss_of_the_logits(reduction, beta, weight, smoothing, upstream,
         assert (two - control).abs().max() > 1e-3 * two.abs().max()
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_plain_cross_entropy_beside_it(reduction, smoothing):
+    """With and without a gradient; of no rows at all; and it has none itself."""
+    tensors, target = problem()
+    plain = F.cross_entropy(F.linear(*tensors), target, reduction=reduction)
+    knobs = dict(weight=WEIGHTS["weighted"], reduction=reduction, label_smoothing=smoothing)
+    for needs_gradient in (False, True):
+        input = tensors[0].clone().requires_grad_(needs_gradient)
+        ours, cross_entropy = linear_gradient_decay_cross_entropy(
+            input, tensors[1], target, 0.1, tensors[2], **knobs, return_cross_entropy=True
+        )
+        torch.testing.assert_close(cross_entropy, plain)
+        assert not cross_entropy.requires_grad and ours.requires_grad == needs_gradient
+        alone = linear_gradient_decay_cross_entropy(input, tensors[1], target, 0.1, tensors[2], **knobs)
+        assert torch.equal(alone, ours) and not torch.allclose(ours, plain, atol=1e-2)
+    none = linear_gradient_decay_cross_entropy(
+        tensors[0][:0], tensors[1], target[:0], reduction=reduction, return_cross_entropy=True
+    )
+    expected = F.cross_entropy(torch.zeros(0, C), target[:0], reduction=reduction)
+    torch.testing.assert_close(none, (expected, expected), equal_nan=True)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_beta_one_is_cross_entropy(reduction):
     tensors, target = problem()
