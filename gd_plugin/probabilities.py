@@ -86,8 +86,7 @@ def _by_hand(logits, target, log_beta, weight, label_smoothing, dim, return_cros
     loss = rows.new_empty(len(rows), dtype=row_dtype(rows.device))
     cross_entropy = torch.empty_like(loss) if return_cross_entropy else None
     gradient = torch.empty_like(rows, dtype=dtype, memory_format=torch.contiguous_format) if with_gradient else None
-    # Six tensors of a block are in use: smaller ones than where there are two.
-    at_once = max(1, (gap.BLOCK // 4 if rows.device.type == "cpu" else _AT_ONCE) // num_classes)
+    at_once = max(1, (gap.BLOCK if rows.device.type == "cpu" else _AT_ONCE) // num_classes)
     for start in range(0, len(rows), at_once):
         part = slice(start, start + at_once)
         z = rows[part].to(dtype)
