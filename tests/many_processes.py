@@ -15,7 +15,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object, set_seed
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
-from hf_models import CLASSES, VOCABULARY, WAYS, MeanOfMeans, bound_loss, make_data, make_model, weights
+from hf_models import CLASSES, VOCABULARY, WAYS, MeanOfMeans, bound_loss, make_data, make_model, train_logs, weights
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -249,6 +249,18 @@ def fsdp2(path):
     trainer = make_trainer(path, 63, 4, Told)
     trainer.train()
     trainer.save_model(path / "fsdp2_trainer")
+
+    # A language model's loss, of its logits and inside its head, whose weights are sharded.
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "LlamaDecoderLayer"
+    logs = []
+    for fused in (False, True):
+        gd = dict(beta=5.0, beta_start=0.1, warmup_steps=2, fused_linear=fused)
+        sizes, data = dict(per_device_train_batch_size=4, max_steps=4), make_data("llama", 24)
+        trainer = WAYS["subclass"](make_model("llama"), path, gd, sizes, kind=Told, train_dataset=data)
+        trainer.train()
+        logs.append(train_logs(trainer, "loss", "cross_entropy", "grad_norm"))
+    if PartialState().is_main_process:
+        torch.save(logs, path / "fsdp2_fused.pt")
 
     del os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"]
     AcceleratorState._reset_state(reset_partial_state=True)

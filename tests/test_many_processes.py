@@ -121,6 +121,13 @@ def test_an_fsdp2_checkpoint_loads_in_one_process(folders, results, figure):
     figure("FSDP2, 2 processes: difference", difference)
 
 
+def test_a_loss_inside_a_sharded_head_is_that_of_the_logits(folders, results):
+    plain, fused = torch.load(folders[2] / "fsdp2_fused.pt")
+    assert len(plain) == 4 and plain[0] != pytest.approx(plain[-1], rel=1e-2)
+    for one, two in zip(plain, fused, strict=True):
+        assert two == pytest.approx(one, rel=1e-5)
+
+
 # Configurations and launchers -----------------------------------------------------------------------------------------
 
 
