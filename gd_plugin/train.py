@@ -287,6 +287,8 @@ def _check_arguments(args: GradientDecayTrainingArguments) -> None:
         raise ValueError("--save_steps must be greater than 0 with --save_strategy steps, got 0")
     if not 0 <= args.label_smoothing_factor <= 1:
         raise ValueError(f"--label_smoothing_factor must be in [0, 1], got {args.label_smoothing_factor}")
+    if args.gd_fused_linear:
+        raise ValueError("--gd_fused_linear is for language models, gd-plugin train is for classifiers; leave it out")
     if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
         raise ValueError(f"--num_train_epochs must be greater than 0, got {args.num_train_epochs}")
     if args.dataloader_persistent_workers:
