@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from reference import exact, reference, relative_error
@@ -280,9 +281,11 @@ def test_in_place(launches):
     index = target.clamp(min=0)
     expected = (definition(twin, index, 0.2) * weight[index]).masked_fill(target < 0, 0.0)
     (wanted,) = torch.autograd.grad(expected.sum(), twin)
-    loss = gap.gradient_in_place(logits, target, 0.2, weight, -100)
+    of_target = F.cross_entropy(logits.double(), target, reduction="none")
+    loss, cross_entropy = gap.gradient_in_place(logits, target, 0.2, weight, -100)
     assert len(launches) == 2
     assert relative_error(loss.unsqueeze(1), expected.detach().unsqueeze(1)).max() <= BOUND
+    assert relative_error(cross_entropy.unsqueeze(1), of_target.unsqueeze(1)).max() <= BOUND
     assert relative_error(logits, wanted).max() <= BOUND
 
 
