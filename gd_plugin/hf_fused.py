@@ -75,8 +75,10 @@ class FusedHead:
         if torch.is_autocast_enabled(kind):  # once, and not in every chunk
             dtype = torch.get_autocast_dtype(kind)
             hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
+        # In fp16 gradients need the scale that comes with the backward, so that the smallest are not rounded to 0.
+        reduction = "none" if hidden.dtype == torch.float16 else "sum"
         with torch.autocast(kind, enabled=False):
-            total, self.cross_entropy = linear_gradient_decay_cross_entropy(
+            loss, cross_entropy = linear_gradient_decay_cross_entropy(
                 hidden.flatten(0, -2),
                 weight,
                 self._target.reshape(-1).to(hidden.device),
@@ -84,11 +86,12 @@ class FusedHead:
                 bias,
                 self.loss.weight,
                 IGNORE_INDEX,
-                "sum",
+                reduction,
                 self.loss.label_smoothing,
                 return_cross_entropy=True,
             )
-        return total.reshape(1, 1, 1)
+        self.cross_entropy = cross_entropy.sum()
+        return loss.sum().reshape(1, 1, 1)
 
 
 def _is_last(model: nn.Module, head: nn.Linear) -> bool:

@@ -114,7 +114,7 @@ class _Sum(torch.autograd.Function):
             sums.append(loss.sum())
             cross_entropies.append(cross_entropy.sum())
             del logits
-        ctx.save_for_backward(*grads.tensors)
+        ctx.save_for_backward(*grads.result())
         dtype = torch.promote_types(input.dtype, torch.float32)
         zero = input.new_zeros((), dtype=dtype)
         total, cross_entropy = (torch.stack(parts).sum() if parts else zero for parts in (sums, cross_entropies))
@@ -158,7 +158,7 @@ class _Rows(torch.autograd.Function):
             _, _, grad_logits = _with_gradient(logits, target[rows], ctx.knobs)
             grads.add(rows, grad_logits.mul_(grad[rows].unsqueeze(1)))
             del logits, grad_logits
-        return *grads.tensors, None, None
+        return *grads.result(), None, None
 
 
 def _refuse_second_derivative() -> None:
@@ -186,13 +186,19 @@ def _with_gradient(logits: Tensor, target: Tensor, knobs: tuple) -> tuple[Tensor
 
 
 class _Gradients:
-    """Of input, weight and bias of the head, added up chunk by chunk; None where none is needed."""
+    """Of input, weight and bias of the head; None where none is needed.
+
+    What is added up over the chunks, of weight and bias, is so in fp32 at least: bf16 would lose digits.
+    """
 
     def __init__(self, input, linear_weight, linear_bias, needed) -> None:
         self.input, self.linear_weight = input, linear_weight
+        exact = torch.promote_types(input.dtype, torch.float32)
         self.tensors = [
-            torch.zeros_like(tensor) if need else None
-            for tensor, need in zip((input, linear_weight, linear_bias), needed, strict=True)
+            torch.zeros_like(tensor, dtype=dtype) if need else None
+            for tensor, dtype, need in zip(
+                (input, linear_weight, linear_bias), (input.dtype, exact, exact), needed, strict=True
+            )
         ]
 
     def add(self, rows: slice, grad_logits: Tensor) -> None:
@@ -200,10 +206,15 @@ class _Gradients:
         of_input, of_weight, of_bias = self.tensors
         if of_input is not None:
             torch.mm(grad_logits, self.linear_weight, out=of_input[rows])
-        if of_weight is not None:
+        if of_weight is not None and of_weight.dtype == grad_logits.dtype:
             of_weight.addmm_(grad_logits.t(), self.input[rows])
+        elif of_weight is not None:
+            of_weight += torch.mm(grad_logits.t(), self.input[rows])
         if of_bias is not None:
-            of_bias += grad_logits.sum(0)
+            of_bias += grad_logits.sum(0, dtype=of_bias.dtype)
+
+    def result(self) -> list[Tensor | None]:
+        return [None if tensor is None else tensor.to(self.input.dtype) for tensor in self.tensors]
 
 
 def _chunks(input: Tensor, linear_weight: Tensor) -> list[slice]:

@@ -67,6 +67,28 @@ def test_under_autocast_in_bf16(name, tmp_path):
         assert ours == pytest.approx(theirs, rel=2e-2, abs=2e-2)
 
 
+def test_fp16_gradients_have_the_scale_of_the_backward(tmp_path):
+    """Of 60,000 classes most have a share below fp16's smallest number; as the Trainer scales the loss, it is above."""
+    torch.manual_seed(0)
+    model = MODELS["llama"][0](MODELS["llama"][1](**MODELS["llama"][2] | {"vocab_size": 60_000}))
+    nn.init.normal_(model.lm_head.weight, std=1.0)
+    trainer = GradientDecayTrainer(model, make_arguments(tmp_path, gd_fused_linear=True, **WARMUP))
+    gradients = {}
+    for way in ("logits", "fused"):
+        with torch.autocast("cpu", torch.float16):
+            if way == "logits":
+                trainer.compute_loss_func.head, head = None, trainer.compute_loss_func.head
+            loss = trainer.compute_loss(model, as_batch(make_data("llama", 4)))
+            trainer.compute_loss_func.head = head
+        (gradients[way],) = torch.autograd.grad(2.0**12 * loss, model.lm_head.weight)
+    assert gradients["fused"].isfinite().all()
+    unseen = gradients["logits"].abs() < 2.0**-24 * 2.0**12  # what would be nothing without the scale
+    assert unseen.float().mean() > 0.1
+    error = (gradients["fused"] - gradients["logits"]).norm() / gradients["logits"].norm()
+    of_unseen = gradients["fused"][unseen], gradients["logits"][unseen]
+    assert error < 1e-2 and (of_unseen[0] - of_unseen[1]).norm() < 0.05 * of_unseen[1].norm()
+
+
 def test_evaluation_and_generation_see_logits(tmp_path):
     trainer, _ = train("llama", tmp_path, True)
     model = trainer.model.eval()

@@ -70,6 +70,22 @@ def test_as_the_loss_of_the_logits(reduction, beta, weight, smoothing, upstream,
         assert (two - control).abs().max() > 1e-3 * two.abs().max()
 
 
+def test_many_chunks_add_up_in_fp32(monkeypatch):
+    """Of bf16: 800 rows with the same gradient, one by one, of which a sum in bf16 would lose the later ones."""
+    monkeypatch.setattr(linear, "_LOGITS_AT_ONCE", C)
+    input = torch.ones(800, D, dtype=torch.bfloat16)
+    weight, bias = torch.zeros(C, D, dtype=torch.bfloat16), torch.zeros(C, dtype=torch.bfloat16)
+    leaves = [weight.requires_grad_(), bias.requires_grad_()]
+    target = torch.zeros(800, dtype=torch.int64)
+    linear_gradient_decay_cross_entropy(input, weight, target, 1.0, bias, reduction="sum").backward()
+    for leaf in leaves:
+        torch.testing.assert_close(leaf.grad[1:].float(), torch.full_like(leaf.grad[1:], 800 / C, dtype=torch.float32),
+                                   rtol=1e-2, atol=0)  # fmt: skip
+    one = torch.tensor(1 / C).bfloat16()
+    in_bf16 = sum([one] * 800, torch.zeros((), dtype=torch.bfloat16))
+    assert abs(in_bf16.float() - 800 / C) > 0.1 * 800 / C
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_plain_cross_entropy_beside_it(reduction, smoothing):
