@@ -218,7 +218,7 @@ class GradientDecayMixin:
                 raise ValueError(
                     "gd_fused_linear changes the model's forward, which torch_compile keeps; leave one out"
                 )
-            self.compute_loss_func.head = FusedHead(self.model, self.compute_loss_func.loss)
+            self.compute_loss_func.head = FusedHead(self.model, self.compute_loss_func)
         # Decided once: unwrapping the model in every step would cost.
         encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
         self._gd_decodes = encoder_decoder and is_language_model(self.model)
@@ -269,11 +269,10 @@ class GradientDecayMixin:
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = self._gd_with_decoder_inputs(model, self._gd_with_labels(inputs))
         with self._gd_fused(inputs):
-            loss, outputs = super().compute_loss(
-                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-            )
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if not return_outputs:
-            return loss
+            return result
+        loss, outputs = result
         # `prediction_step` reads the first entry as the logits, and drops a tuple's first, the model's own loss.
         if isinstance(outputs, dict):
             first = next((key for key in outputs if key != "loss"), None)
@@ -285,6 +284,8 @@ class GradientDecayMixin:
         loss = self.compute_loss_func
         if loss.head is None or "labels" not in inputs or not torch.is_grad_enabled():
             return nullcontext()
+        if self.model.get_output_embeddings() is not loss.head.head:  # by model_init, or resized
+            loss.head = FusedHead(self.model, loss)
         return loss.head.instead_of_logits(shifted(inputs["labels"]) if loss.shift_labels else inputs["labels"])
 
     def _gd_with_decoder_inputs(self, model, inputs: dict) -> dict:

@@ -10,9 +10,8 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from .hf_loss import IGNORE_INDEX, is_language_model
+from .hf_loss import IGNORE_INDEX, GradientDecayLossFunc, is_language_model
 from .linear import linear_gradient_decay_cross_entropy
-from .loss import GradientDecayLoss
 
 __all__ = ["FusedHead"]
 
@@ -34,8 +33,10 @@ class FusedHead:
         ValueError: another model; one line that names the flag.
     """
 
-    def __init__(self, model: nn.Module, loss: GradientDecayLoss) -> None:
-        self.loss = loss
+    def __init__(self, model: nn.Module, loss: GradientDecayLossFunc) -> None:
+        self._loss = loss  # whose `loss` is another one after `configure`
+        if type(loss).compute is not GradientDecayLossFunc.compute:
+            raise ValueError(_REFUSED.format(f"{type(loss).__name__} computes a loss of its own"))
         self.cross_entropy: Tensor | None = None  # the sum of the last call
         self._target: Tensor | None = None
         model = extract_model_from_parallel(model)
@@ -44,9 +45,23 @@ class FusedHead:
         self.head = model.get_output_embeddings()
         if type(self.head) is not nn.Linear:  # not one of LoRA, or quantised
             raise ValueError(_REFUSED.format(f"the model's output layer is a {type(self.head).__name__}, no nn.Linear"))
-        if not _is_last(model, self.head):
+        if "forward" in vars(self.head):  # of Accelerate's hooks: device_map, offloading
             raise ValueError(
-                _REFUSED.format(f"{type(model).__name__} changes what its output layer makes, by a soft cap or a scale")
+                _REFUSED.format("the model's output layer has a forward of its own, by device_map or hooks")
+            )
+        try:
+            is_last = _is_last(model, self.head)
+        except Exception as error:
+            raise ValueError(
+                _REFUSED.format(
+                    f"{type(model).__name__} cannot be tried with four tokens ({type(error).__name__}: {error})"
+                )
+            ) from error
+        if not is_last:
+            raise ValueError(
+                _REFUSED.format(
+                    f"{type(model).__name__} changes what its output layer makes, by a soft cap, a scale or more"
+                )
             )
 
     @property
@@ -71,6 +86,7 @@ class FusedHead:
                     f"the model has {tuple(hidden.shape[:-1])} positions and {tuple(self._target.shape)} labels"
                 )
             )
+        loss = self._loss.loss
         weight, bias, kind = self.head.weight, self.head.bias, hidden.device.type
         if torch.is_autocast_enabled(kind):  # once, and not in every chunk
             dtype = torch.get_autocast_dtype(kind)
@@ -78,27 +94,27 @@ class FusedHead:
         # In fp16 gradients need the scale that comes with the backward, so that the smallest are not rounded to 0.
         reduction = "none" if hidden.dtype == torch.float16 else "sum"
         with torch.autocast(kind, enabled=False):
-            loss, cross_entropy = linear_gradient_decay_cross_entropy(
+            losses, cross_entropy = linear_gradient_decay_cross_entropy(
                 hidden.flatten(0, -2),
                 weight,
                 self._target.reshape(-1).to(hidden.device),
-                self.loss.beta,
+                loss.beta,
                 bias,
-                self.loss.weight,
+                loss.weight,
                 IGNORE_INDEX,
                 reduction,
-                self.loss.label_smoothing,
+                loss.label_smoothing,
                 return_cross_entropy=True,
             )
         self.cross_entropy = cross_entropy.sum()
-        return loss.sum().reshape(1, 1, 1)
+        return losses.sum().reshape(1, 1, 1)
 
 
 def _is_last(model: nn.Module, head: nn.Linear) -> bool:
     """Whether the logits are what the head makes of all tokens, as it is: shown with something else in its place."""
     tokens = torch.zeros(1, 4, dtype=torch.int64, device=head.weight.device)
     more = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
-    was_training, came, positions = model.training, [], []
+    was_training, came, positions = {module: module.training for module in model.modules()}, [], []
 
     def instead(hidden: Tensor, sent: float) -> Tensor:
         positions.append(hidden.shape[:-1])
@@ -112,5 +128,6 @@ def _is_last(model: nn.Module, head: nn.Linear) -> bool:
                 came.append(logits.item() if logits.numel() == 1 else None)
     finally:
         del head.forward
-        model.train(was_training)
+        for module, training in was_training.items():
+            module.training = training
     return came == [3.0, -7.5] and positions == [tokens.shape] * 2

@@ -115,7 +115,10 @@ class GradientDecayLossFunc:
         self.calls += 1
         self._cross_entropy += torch.stack([self.head.cross_entropy, _count(target)])
         divisor = _divisor(num_items_in_batch, target, 1)
-        return total / (divisor_of_mean(target, self.loss.weight, IGNORE_INDEX) if divisor is None else divisor)
+        if divisor is None:
+            divisor = divisor_of_mean(target, self.loss.weight, IGNORE_INDEX)
+            divisor = divisor.masked_fill(divisor == 0, 1)  # nothing to learn from
+        return total / divisor
 
     def compute(self, logits: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
         """The training loss and the plain cross-entropy of (N, C) logits, reduced; another loss overrides this."""

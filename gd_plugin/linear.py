@@ -72,6 +72,7 @@ def linear_gradient_decay_cross_entropy(
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
 
+    target = target.long()  # before the comparison with ignore_index: in uint8, -100 is class 156
     knobs = (beta, weight, ignore_index, "none", label_smoothing)
     if reduction == "none":
         loss, cross_entropy = _Rows.apply(input, linear_weight, linear_bias, target, knobs)

@@ -89,6 +89,30 @@ def test_fp16_gradients_have_the_scale_of_the_backward(tmp_path):
     assert error < 1e-2 and (of_unseen[0] - of_unseen[1]).norm() < 0.05 * of_unseen[1].norm()
 
 
+def test_knobs_and_models_that_change_after_the_trainer_is_made(tmp_path):
+    """As a search does: another beta in the arguments, another model."""
+    losses = {}
+    for fused in (False, True):
+        arguments = make_arguments(tmp_path, gd_fused_linear=fused, **TRAINING)
+        data = make_data("llama", 24)
+        trainer = GradientDecayTrainer(model_init=lambda: make_model("llama"), args=arguments, train_dataset=data)
+        trainer.args.gd_beta = 20.0
+        trainer.train()
+        losses[fused] = [value for (value,) in train_logs(trainer, "loss")]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    plain = GradientDecayTrainer(make_model("llama"), make_arguments(tmp_path, **TRAINING), train_dataset=data)
+    plain.train()
+    assert abs(train_logs(plain, "loss")[0][0] - losses[True][0]) > 0.1
+
+
+def test_a_head_with_hooks_is_left_alone(tmp_path):
+    model = make_model("llama")
+    model.lm_head.forward = model.lm_head.forward
+    with pytest.raises(ValueError, match="has a forward of its own"):
+        GradientDecayTrainer(model, make_arguments(tmp_path, gd_fused_linear=True), train_dataset=[])
+    assert "forward" in vars(model.lm_head)
+
+
 def test_evaluation_and_generation_see_logits(tmp_path):
     trainer, _ = train("llama", tmp_path, True)
     model = trainer.model.eval()
@@ -168,4 +192,4 @@ def test_labels_that_are_all_ignored(tmp_path):
     trainer = GradientDecayTrainer(make_model("llama"), arguments, train_dataset=data)
     trainer.train()
     assert torch.equal(weights(trainer.model), weights(make_model("llama")))
-    assert all(math.isnan(value) for (value,) in train_logs(trainer, "cross_entropy"))
+    assert [math.isnan(value) for (value,) in train_logs(trainer, "cross_entropy")] == [True] * 6

@@ -70,6 +70,13 @@ def test_as_the_loss_of_the_logits(reduction, beta, weight, smoothing, upstream,
         assert (two - control).abs().max() > 1e-3 * two.abs().max()
 
 
+def test_ignored_targets_of_eight_bits_leave_out_no_class():
+    target, weight = torch.tensor([156, 3], dtype=torch.uint8), torch.randn(200, D)
+    input = torch.randn(2, D)
+    got = linear_gradient_decay_cross_entropy(input, weight, target)
+    torch.testing.assert_close(got, F.cross_entropy(F.linear(input, weight), target.long()))
+
+
 def test_many_chunks_add_up_in_fp32(monkeypatch):
     """Of bf16: 800 rows with the same gradient, one by one, of which a sum in bf16 would lose the later ones."""
     monkeypatch.setattr(linear, "_LOGITS_AT_ONCE", C)
