@@ -52,10 +52,9 @@ class FusedHead:
         try:
             is_last = _is_last(model, self.head)
         except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise ValueError(
-                _REFUSED.format(
-                    f"{type(model).__name__} cannot be tried with four tokens ({type(error).__name__}: {error})"
-                )
+                _REFUSED.format(f"{type(model).__name__} cannot be tried with four tokens ({reason})")
             ) from error
         if not is_last:
             raise ValueError(
