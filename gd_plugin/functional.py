@@ -4,7 +4,8 @@ With logits z, target class c, ordinary softmax probability p = p_c and coeffici
 
     J_beta(z, c) = log( sum_{i != c} exp(z_i) + beta * exp(z_c) ) - z_c          J_1 = cross-entropy
 
-Of class indices it comes from the target gap (`gap`), of class probabilities from J of every class (`probabilities`).
+The arguments are those of `torch.nn.functional.cross_entropy`; the arithmetic is in `by_hand`, and in `composed` for
+whoever differentiates further.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .gap import compute_dtype, is_distributed, log_add, log_of_beta, of_class, target_gap
-from .probabilities import from_probabilities
+from .by_hand import by_hand, is_eager
+from .composed import composed
+from .gap import compute_dtype, is_distributed, log_of_beta
 
 __all__ = ["gradient_decay_cross_entropy"]
 
@@ -79,67 +80,46 @@ def gradient_decay_cross_entropy(
         >>> target = torch.randint(10, (8,))
         >>> gradient_decay_cross_entropy(logits, target, beta=5.0).backward()
     """
-    dim = 0 if input.dim() == 1 else 1
     soft = input.shape == target.shape
-    check(input, target, beta, weight, ignore_index, reduction, label_smoothing, dim, soft)
+    check(input, target, beta, weight, ignore_index, reduction, label_smoothing, soft)
+    if lone := input.dim() == 1:
+        input, target = input.unsqueeze(0), target.unsqueeze(0) if soft else target.reshape(1)
     if is_distributed(input):
         target, beta, weight = _whole(target), _whole(beta), _whole(weight)
         from .sharded import class_shard
 
-        if soft or label_smoothing > 0 or class_shard(input, dim) is None:
+        if soft or label_smoothing > 0 or class_shard(input) is None:
             input = _whole(input)
-    log_beta = log_of_beta(beta, input.device)
-
-    dtype = compute_dtype(input)
+    dtype, ignored = compute_dtype(input), None
     if soft:
         dtype = torch.promote_types(dtype, target.dtype)
-        loss, cross_entropy = from_probabilities(
-            input, target, log_beta, weight, label_smoothing, dim, return_cross_entropy
-        )
-        divisor = present = torch.ones_like(loss)
     else:
-        if input.dim() == 1:
-            target = target.reshape(())  # torch takes a lone target of shape (1) too
         target = target.long()  # before the comparison: in uint8, -100 is class 156
         ignored = target == ignore_index
-        index = target.masked_fill(ignored, 0)
-        loss, cross_entropy = _from_indices(input, index, log_beta, weight, label_smoothing, dim, return_cross_entropy)
-        # Masked last, so that neither an infinite loss nor a 0 / 0 mean reaches the gradient of an ignored row.
-        loss = loss.masked_fill(ignored, 0.0)
-        cross_entropy = cross_entropy.masked_fill(ignored, 0.0) if return_cross_entropy else None
-        divisor = present = ~ignored
-        if weight is not None:
-            divisor = of_class(weight, index).to(loss.dtype).masked_fill(ignored, 0.0)
+        target = target.masked_fill(ignored, 0)
+    log_beta = log_of_beta(beta, input.device)
 
-    loss = _reduce(loss, reduction, divisor).to(dtype)
-    return (loss, _reduce(cross_entropy, reduction, present).to(dtype)) if return_cross_entropy else loss
-
-
-def _from_indices(logits, index, log_beta, weight, label_smoothing, dim, return_cross_entropy):
-    """Per-sample (loss, plain cross-entropy, detached, if asked for) for class indices in [0, C)."""
-    if label_smoothing > 0:
-        return from_probabilities(logits, index, log_beta, weight, label_smoothing, dim, return_cross_entropy)
-    gap = target_gap(logits, index, dim)
-    loss = log_add(gap, of_class(log_beta, index))
-    if weight is not None:
-        loss = loss * of_class(weight, index)
-    return loss, F.softplus(gap.detach(), threshold=40) if return_cross_entropy else None
+    others_need_gradients = any(tensor is not None and tensor.requires_grad for tensor in (target, log_beta, weight))
+    way = by_hand if is_eager() and not is_distributed(input) and not others_need_gradients else composed
+    loss, cross_entropy = way(
+        input, target, ignored, log_beta, weight, label_smoothing, reduction, return_cross_entropy
+    )
+    loss, cross_entropy = (
+        None if values is None else (values.squeeze(0) if lone and reduction == "none" else values).to(dtype)
+        for values in (loss, cross_entropy)
+    )
+    return (loss, cross_entropy) if return_cross_entropy else loss
 
 
 def _whole(tensor: Tensor | float | None) -> Tensor | float | None:
     return tensor.full_tensor() if is_distributed(tensor) else tensor
 
 
-def _reduce(values: Tensor, reduction: str, divisor: Tensor) -> Tensor:
-    if reduction == "none":
-        return values
-    return values.sum() if reduction == "sum" else values.sum() / divisor.sum()
-
-
-def check(input, target, beta, weight, ignore_index, reduction, label_smoothing, dim, soft) -> None:
+def check(input, target, beta, weight, ignore_index, reduction, label_smoothing, soft) -> None:
     """Everything about the arguments that can be checked without reading a tensor's values."""
     if not input.is_floating_point():
         raise ValueError(f"input must hold floating-point logits, got {input.dtype}")
+    dim = 0 if input.dim() == 1 else 1
     if input.dim() == 0 or input.shape[dim] == 0:
         raise ValueError(f"input must have shape (C), (N, C) or (N, C, d1, ...) with C >= 1, got {tuple(input.shape)}")
     num_classes = input.shape[dim]

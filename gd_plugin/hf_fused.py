@@ -86,27 +86,19 @@ class FusedHead:
                 )
             )
         loss = self._loss.loss
-        weight, bias, kind = self.head.weight, self.head.bias, hidden.device.type
-        if torch.is_autocast_enabled(kind):  # once, and not in every chunk
-            dtype = torch.get_autocast_dtype(kind)
-            hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
-        # In fp16 gradients need the scale that comes with the backward, so that the smallest are not rounded to 0.
-        reduction = "none" if hidden.dtype == torch.float16 else "sum"
-        with torch.autocast(kind, enabled=False):
-            losses, cross_entropy = linear_gradient_decay_cross_entropy(
-                hidden.flatten(0, -2),
-                weight,
-                self._target.reshape(-1).to(hidden.device),
-                loss.beta,
-                bias,
-                loss.weight,
-                IGNORE_INDEX,
-                reduction,
-                loss.label_smoothing,
-                return_cross_entropy=True,
-            )
-        self.cross_entropy = cross_entropy.sum()
-        return losses.sum().reshape(1, 1, 1)
+        total, self.cross_entropy = linear_gradient_decay_cross_entropy(
+            hidden.flatten(0, -2),
+            self.head.weight,
+            self._target.reshape(-1).to(hidden.device),
+            loss.beta,
+            self.head.bias,
+            loss.weight,
+            IGNORE_INDEX,
+            "sum",
+            loss.label_smoothing,
+            return_cross_entropy=True,
+        )
+        return total.reshape(1, 1, 1)
 
 
 def _is_last(model: nn.Module, head: nn.Linear) -> bool:

@@ -22,9 +22,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
 )
 
+from .composed import divisor_of_mean
 from .config import GradientDecayConfig
 from .functional import gradient_decay_cross_entropy
-from .linear import divisor_of_mean
 from .loss import GradientDecayLoss
 
 __all__ = ["GradientDecayLossFunc"]
@@ -116,7 +116,8 @@ class GradientDecayLossFunc:
         self._cross_entropy += torch.stack([self.head.cross_entropy, _count(target)])
         divisor = _divisor(num_items_in_batch, target, 1)
         if divisor is None:
-            divisor = divisor_of_mean(target, self.loss.weight, IGNORE_INDEX)
+            ignored = target == IGNORE_INDEX
+            divisor = divisor_of_mean(target.masked_fill(ignored, 0), ignored, self.loss.weight)
             divisor = divisor.masked_fill(divisor == 0, 1)  # nothing to learn from
         return total / divisor
 

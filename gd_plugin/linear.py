@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import check, gradient_decay_cross_entropy
-from .gap import gradient_in_place
+from .by_hand import by_hand, gradient_in_place
+from .composed import reduced
+from .functional import check
+from .gap import compute_dtype, log_of_beta, row_dtype
 
 __all__ = ["linear_gradient_decay_cross_entropy"]
 
@@ -35,13 +37,15 @@ def linear_gradient_decay_cross_entropy(
     Torch equivalent: ``gradient_decay_cross_entropy(F.linear(input, linear_weight, linear_bias), target, beta, weight,
     ...)`` in value and gradient; at ``beta = 1`` that of ``F.linear_cross_entropy`` (torch >= 2.15). With ``"mean"``
     and ``"sum"`` the gradients are made in the forward, while the logits are there; with ``"none"`` the backward makes
-    the logits again, whatever gradient comes from above. Besides the gradients it needs about 100 MiB at any N.
+    the logits again, whatever gradient comes from above, and in fp16 it always does so. Besides the gradients it needs
+    about 100 MiB at any N. Under autocast the head's tensors are cast as ``F.linear``'s are.
 
     Args:
         input: what the head is given, shape (N, D).
         linear_weight: of the head, shape (C, D).
         target: class indices, shape (N), any integer dtype.
-        beta: gradient-decay coefficient > 0, a number, a 0-dim tensor or shape (C). No gradient is made for it.
+        beta: gradient-decay coefficient > 0, a number, a 0-dim tensor or shape (C). No gradient is made for it, nor for
+            ``weight``.
         linear_bias: of the head, shape (C).
         weight, ignore_index, reduction, label_smoothing, return_cross_entropy: as in `gradient_decay_cross_entropy`.
 
@@ -50,7 +54,8 @@ def linear_gradient_decay_cross_entropy(
         ``return_cross_entropy`` a pair.
 
     Raises:
-        ValueError: shapes that do not fit, a beta that requires grad, and what `gradient_decay_cross_entropy` refuses.
+        ValueError: shapes that do not fit, a beta or weight that requires grad, and what `gradient_decay_cross_entropy`
+            refuses.
         RuntimeError: a second derivative is asked for.
 
     Example::
@@ -67,98 +72,82 @@ def linear_gradient_decay_cross_entropy(
         raise ValueError(f"linear_bias must have shape ({len(linear_weight)},), got {tuple(linear_bias.shape)}")
     if target.shape != input.shape[:1]:
         raise ValueError(f"target must have shape ({len(input)},), class indices, got {tuple(target.shape)}")
-    if isinstance(beta, Tensor) and beta.requires_grad:
-        raise ValueError("beta requires grad, which the linear form does not make; use gradient_decay_cross_entropy")
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
+    for name, tensor in (("beta", beta), ("weight", weight)):
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            raise ValueError(
+                f"{name} requires grad, which the linear form does not make; use gradient_decay_cross_entropy"
+            )
+    logits = torch.empty(len(input), len(linear_weight), dtype=input.dtype, device="meta")
+    check(logits, target, beta, weight, ignore_index, reduction, label_smoothing, False)
 
-    target = target.long()  # before the comparison with ignore_index: in uint8, -100 is class 156
-    knobs = (beta, weight, ignore_index, "none", label_smoothing)
-    if reduction == "none":
-        loss, cross_entropy = _Rows.apply(input, linear_weight, linear_bias, target, knobs)
-    else:
-        divisor = divisor_of_mean(target, weight, ignore_index) if reduction == "mean" else None
-        loss, cross_entropy = _Sum.apply(input, linear_weight, linear_bias, target, knobs, divisor)
-        if reduction == "mean" and return_cross_entropy:
-            cross_entropy = cross_entropy / (target != ignore_index).sum()
-    return (loss, cross_entropy) if return_cross_entropy else loss
-
-
-def divisor_of_mean(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """What ``F.cross_entropy`` divides the mean over class indices by."""
-    kept = target != ignore_index
-    if weight is None:
-        return kept.sum()
-    weight = weight.to(target.device)[target.masked_fill(~kept, 0).long()].masked_fill(~kept, 0.0)
-    return weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))  # in bf16 it would have three digits
+    kind = input.device.type
+    if torch.is_autocast_enabled(kind):  # once, and not in every chunk
+        dtype = torch.get_autocast_dtype(kind)
+        input, linear_weight = input.to(dtype), linear_weight.to(dtype)
+        linear_bias = None if linear_bias is None else linear_bias.to(dtype)
+    target = target.long()  # before the comparison: in uint8, -100 is class 156
+    ignored = target == ignore_index
+    index = target.masked_fill(ignored, 0)
+    arguments = (index, ignored, log_of_beta(beta, input.device), weight, label_smoothing)
+    # In fp16 gradients need the scale that comes with the backward, so that the smallest are not rounded to 0.
+    way = _Rows if reduction == "none" or input.dtype == torch.float16 else _Sum
+    with torch.autocast(kind, enabled=False):
+        loss, cross_entropy = way.apply(input, linear_weight, linear_bias, arguments, reduction)
+        if way is _Rows:
+            loss, cross_entropy, _ = reduced(loss, cross_entropy, index, ignored, weight, reduction)
+    dtype = compute_dtype(input)
+    return (loss.to(dtype), cross_entropy.to(dtype)) if return_cross_entropy else loss.to(dtype)
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the rows, divided: every row's gradient is known but for one factor."""
+    """The sum over the rows, or their mean: every row's gradient is known but for one factor.
+
+    It is kept, and made again, as in `by_hand`.
+    """
 
     @staticmethod
-    def forward(ctx, input, linear_weight, linear_bias, target, knobs, divisor):
-        needed = ctx.needs_input_grad[:3]
-        sums, cross_entropies, grads = [], [], _Gradients(input, linear_weight, linear_bias, needed)
-        # The mean of no row is 0 / 0, and its gradient 0: as F.cross_entropy.
-        scale = None if divisor is None else divisor.masked_fill(divisor == 0, 1)
-        for rows in _chunks(input, linear_weight):
-            logits = F.linear(input[rows], linear_weight, linear_bias)
-            if any(needed):
-                loss, cross_entropy, grad_logits = _with_gradient(logits, target[rows], knobs)
-                grads.add(rows, grad_logits if scale is None else grad_logits.div_(scale))
-                del grad_logits
-            else:
-                loss, cross_entropy = gradient_decay_cross_entropy(
-                    logits, target[rows], *knobs, return_cross_entropy=True
-                )
-            sums.append(loss.sum())
-            cross_entropies.append(cross_entropy.sum())
-            del logits
-        ctx.save_for_backward(*grads.result())
-        dtype = torch.promote_types(input.dtype, torch.float32)
-        zero = input.new_zeros((), dtype=dtype)
-        total, cross_entropy = (torch.stack(parts).sum() if parts else zero for parts in (sums, cross_entropies))
-        cross_entropy = cross_entropy.to(dtype, copy=True)  # without any row both would be one tensor
-        ctx.mark_non_differentiable(cross_entropy)
-        return (total if divisor is None else total / divisor).to(dtype), cross_entropy
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        _refuse_second_derivative()
-        saved = ctx.saved_tensors
-        if grad.device.type != "cpu" or grad != 1:  # as it is after loss.backward(); a GPU would have to be waited for
-            saved = [None if tensor is None else tensor * grad.to(tensor.dtype) for tensor in saved]
-        return *saved, None, None, None
-
-
-class _Rows(torch.autograd.Function):
-    """A loss per row: its gradient waits for what comes from above, and the logits are made again."""
-
-    @staticmethod
-    def forward(ctx, input, linear_weight, linear_bias, target, knobs):
-        ctx.knobs = knobs
-        ctx.save_for_backward(input, linear_weight, linear_bias, target)
-        empty = input.new_zeros(0, dtype=torch.promote_types(input.dtype, torch.float32))
-        pairs = [(empty, empty)]
-        for rows in _chunks(input, linear_weight):
-            logits = F.linear(input[rows], linear_weight, linear_bias)
-            pairs.append(gradient_decay_cross_entropy(logits, target[rows], *knobs, return_cross_entropy=True))
-            del logits
-        loss, cross_entropy = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    def forward(ctx, input, linear_weight, linear_bias, arguments, reduction):
+        ctx.arguments, ctx.reduction = arguments, reduction
+        ctx.save_for_backward(input, linear_weight, linear_bias)
+        kept = _Gradients(input, linear_weight, linear_bias, ctx.needs_input_grad[:3])
+        losses, cross_entropies = _of_chunks(kept, arguments)
+        ctx.kept = kept
+        loss, cross_entropy, ctx.divisor = reduced(
+            losses, cross_entropies, arguments[0], arguments[1], arguments[3], reduction
+        )
         ctx.mark_non_differentiable(cross_entropy)
         return loss, cross_entropy
 
     @staticmethod
     def backward(ctx, grad, _):
         _refuse_second_derivative()
-        input, linear_weight, linear_bias, target = ctx.saved_tensors
-        grads = _Gradients(input, linear_weight, linear_bias, ctx.needs_input_grad[:3])
-        for rows in _chunks(input, linear_weight):
-            logits = F.linear(input[rows], linear_weight, linear_bias)
-            _, _, grad_logits = _with_gradient(logits, target[rows], ctx.knobs)
-            grads.add(rows, grad_logits.mul_(grad[rows].unsqueeze(1)))
-            del logits, grad_logits
+        kept, ctx.kept = ctx.kept, None
+        if kept is None:
+            kept = _Gradients(*ctx.saved_tensors, ctx.needs_input_grad[:3])
+            _of_chunks(kept, ctx.arguments)
+        if ctx.divisor is not None:
+            # The mean of no row is 0 / 0, and its gradient 0: as F.cross_entropy.
+            grad = grad / ctx.divisor.masked_fill(ctx.divisor == 0, 1)
+        return *kept.result(grad), None, None
+
+
+class _Rows(torch.autograd.Function):
+    """A loss per row: its gradient waits for what comes from above, and the logits are made again."""
+
+    @staticmethod
+    def forward(ctx, input, linear_weight, linear_bias, arguments, _):
+        ctx.arguments = arguments
+        ctx.save_for_backward(input, linear_weight, linear_bias)
+        nothing = _Gradients(input, linear_weight, linear_bias, (False,) * 3)
+        loss, cross_entropy = _of_chunks(nothing, arguments)
+        ctx.mark_non_differentiable(cross_entropy)
+        return loss, cross_entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        _refuse_second_derivative()
+        grads = _Gradients(*ctx.saved_tensors, ctx.needs_input_grad[:3])
+        _of_chunks(grads, ctx.arguments, grad)
         return *grads.result(), None, None
 
 
@@ -171,19 +160,24 @@ def _refuse_second_derivative() -> None:
         )
 
 
-def _with_gradient(logits: Tensor, target: Tensor, knobs: tuple) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and plain cross-entropy of every row, and the gradient of the loss by the logits, which are used up."""
-    beta, weight, ignore_index, _, label_smoothing = knobs
-    if label_smoothing == 0:
-        check(logits, target, beta, weight, ignore_index, "none", label_smoothing, 1, False)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return *gradient_in_place(logits, target, beta, weight, ignore_index), logits
-    with torch.enable_grad():
-        loss, cross_entropy = gradient_decay_cross_entropy(
-            logits.requires_grad_(), target, *knobs, return_cross_entropy=True
-        )
-        (gradient,) = torch.autograd.grad(loss.sum(), logits)
-    return loss.detach(), cross_entropy, gradient
+def _of_chunks(grads: _Gradients, arguments: tuple, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Loss and plain cross-entropy of every row; the gradients are added up, those of a row times its ``factor``."""
+    input, linear_weight, linear_bias = grads.head
+    index, ignored, *knobs = arguments
+    rows = row_dtype(input.device)
+    loss, cross_entropy = torch.empty(2, len(input), dtype=rows, device=input.device)
+    at_once = max(1, _LOGITS_AT_ONCE // max(1, len(linear_weight)))
+    for start in range(0, len(input), at_once):
+        part = slice(start, start + at_once)
+        logits = F.linear(input[part], linear_weight, linear_bias)
+        if grads.needed:
+            logits = logits.to(compute_dtype(logits))
+            loss[part], cross_entropy[part] = gradient_in_place(logits, index[part], ignored[part], *knobs)
+            grads.add(part, logits if factor is None else logits.mul_(factor[part].unsqueeze(1)))
+        else:
+            loss[part], cross_entropy[part] = by_hand(logits, index[part], ignored[part], *knobs, "none", True)
+        del logits
+    return loss, cross_entropy
 
 
 class _Gradients:
@@ -193,31 +187,29 @@ class _Gradients:
     """
 
     def __init__(self, input, linear_weight, linear_bias, needed) -> None:
-        self.input, self.linear_weight = input, linear_weight
-        exact = torch.promote_types(input.dtype, torch.float32)
+        self.head, self.needed = (input, linear_weight, linear_bias), any(needed)
+        exact = compute_dtype(input)
         self.tensors = [
-            torch.zeros_like(tensor, dtype=dtype) if need else None
-            for tensor, dtype, need in zip(
-                (input, linear_weight, linear_bias), (input.dtype, exact, exact), needed, strict=True
-            )
+            torch.zeros_like(tensor, dtype=exact) if need else None
+            for tensor, need in zip(self.head, needed, strict=True)
         ]
 
     def add(self, rows: slice, grad_logits: Tensor) -> None:
-        grad_logits = grad_logits.to(self.input.dtype)
+        input, linear_weight, _ = self.head
         of_input, of_weight, of_bias = self.tensors
-        if of_input is not None:
-            torch.mm(grad_logits, self.linear_weight, out=of_input[rows])
-        if of_weight is not None and of_weight.dtype == grad_logits.dtype:
-            of_weight.addmm_(grad_logits.t(), self.input[rows])
-        elif of_weight is not None:
-            of_weight += torch.mm(grad_logits.t(), self.input[rows])
         if of_bias is not None:
-            of_bias += grad_logits.sum(0, dtype=of_bias.dtype)
+            of_bias += grad_logits.sum(0)
+        grad_logits = grad_logits.to(input.dtype)
+        if of_input is not None:
+            of_input[rows] = torch.mm(grad_logits, linear_weight)
+        if of_weight is not None and of_weight.dtype == grad_logits.dtype:
+            of_weight.addmm_(grad_logits.t(), input[rows])
+        elif of_weight is not None:
+            of_weight += torch.mm(grad_logits.t(), input[rows])
 
-    def result(self) -> list[Tensor | None]:
-        return [None if tensor is None else tensor.to(self.input.dtype) for tensor in self.tensors]
-
-
-def _chunks(input: Tensor, linear_weight: Tensor) -> list[slice]:
-    rows = max(1, _LOGITS_AT_ONCE // max(1, len(linear_weight)))
-    return [slice(start, start + rows) for start in range(0, len(input), rows)]
+    def result(self, factor: Tensor | None = None) -> list[Tensor | None]:
+        """The gradients, which are given away."""
+        return [
+            None if tensor is None else (tensor if factor is None else tensor.mul_(factor)).to(of.dtype)
+            for tensor, of in zip(self.tensors, self.head, strict=True)
+        ]

@@ -3,7 +3,7 @@
 The forward reads the logits once and keeps three numbers per row. The backward reads them once more and writes the
 gradient once, into the only tensor of their size that is allocated: the gradient that autograd has to hand on, in their
 dtype. It is not written over the logits: autograd cannot know whether the caller, or the operation that made them (as a
-soft cap saves its output), still needs their values. `gap.gradient_in_place` owns its logits, and there the
+soft cap saves its output), still needs their values. `by_hand.gradient_in_place` owns its logits, and there the
 gradient does take their place.
 
 For (N, C) logits in bf16 that is 2 N C bytes besides the logits. ``F.cross_entropy`` holds three such tensors at the
@@ -20,8 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
-
-from .gap import _gap_gradient, _others
 
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -50,7 +48,7 @@ def _forward(
     for start in range(0, num_classes, BLOCK):
         classes = start + tl.arange(0, BLOCK)
         z = tl.load(logits + classes, mask=classes < num_classes, other=float("-inf")).to(tl.float32)
-        z = tl.where(classes == index, _LOWEST, z)  # as in `gap._others`
+        z = tl.where(classes == index, _LOWEST, z)  # as in `gap.gap_of_block`
         ahead = z - highest
         smaller = _exp(-tl.abs(ahead))  # one exponential, whichever of the two is to be scaled down
         sums = tl.where(ahead > 0, sums * smaller + 1.0, sums + smaller)
@@ -85,31 +83,6 @@ def _backward(
         tl.store(out + classes, value.to(out.dtype.element_ty), mask=classes < num_classes)
 
 
-def target_gap(rows: Tensor, target: Tensor) -> Tensor:
-    """`gap.target_gap` of what `as_rows` made of the logits, with ``target`` (N)."""
-    return _TargetGap.apply(rows, target)
-
-
-class _TargetGap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits: Tensor, target: Tensor) -> Tensor:
-        gap, top, total = row_numbers(logits, target)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, top, total)
-        return gap
-
-    @staticmethod
-    def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, None]:
-        if grad is None:
-            return None, None
-        logits, target, top, total = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a graph of the gradient is asked for
-            shares = _others(logits, target, 1).softmax(1)
-            return _gap_gradient(grad, shares, shares.sum(1), target, 1).to(logits.dtype), None
-        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        return write_gradient(logits, target, grad, top, total, out), None
-
-
 def row_numbers(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of every row: the gap in fp64, the largest logit but the target's and the sum of exp(z - it) in fp32."""
     # torch refuses an index outside the classes, on a GPU by a device assert. The kernels only compare it.
@@ -134,8 +107,8 @@ def _launch(kernel, logits: Tensor, *args) -> None:
         kernel[(count,)](logits, logits.stride(0), *args, num_classes, BLOCK=block, num_warps=warps)
 
 
-def as_rows(logits: Tensor, dim: int) -> Tensor | None:
-    """The logits as a view (N, C) whose classes lie one beside the other, where there is one and the kernels take it.
+def as_rows(logits: Tensor) -> Tensor | None:
+    """The logits (N, C, ...) as a view (N * ..., C) whose classes lie side by side, where there is one for the kernels.
 
     Classes apart from each other, as in a segmentation, would be read a cache line per number.
     """
@@ -144,12 +117,10 @@ def as_rows(logits: Tensor, dim: int) -> Tensor | None:
     if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return None
     if logits.dim() > 2:
-        logits = logits.movedim(dim, -1)
+        logits = logits.movedim(1, -1)
         if not logits.is_contiguous():
             return None
         logits = logits.view(-1, logits.shape[-1])
-    elif logits.dim() == 1:
-        logits = logits.unsqueeze(0)
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         return None
     return logits if _works(logits.device) else None

@@ -15,7 +15,7 @@ from reference import exact, reference, relative_error
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 
-from gd_plugin import gap, gradient_decay_cross_entropy, probabilities
+from gd_plugin import by_hand, composed, gradient_decay_cross_entropy
 
 NUM_CLASSES = 5
 SHAPES = [(5,), (6, 5), (4, 5, 3), (2, 5, 3, 2)]
@@ -798,20 +798,20 @@ def test_empty_batches(shape, reduction, soft):
 def test_blocks_of_rows(shape, dtype, monkeypatch):
     """What many logits are worked on in, on few: with blocks of a part of a row, of rows, and a last one cut short."""
     blocks = []
-    original = gap._others_in_blocks
-    monkeypatch.setattr(gap, "_others_in_blocks", lambda *args: blocks.append(args) or original(*args))
+    original = by_hand.gap_of_block
+    monkeypatch.setattr(by_hand, "gap_of_block", lambda *args: blocks.append(len(args[0])) or original(*args))
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(shape[::-1], generator=generator)).to(dtype).t()  # not contiguous
     logits[0, 1:] = -math.inf
     target = torch.randint(shape[1], shape[:1], generator=generator)
     target[0], target[1] = 0, -100
     for block in (100, 300, 10**6):
-        monkeypatch.setattr(gap, "BLOCK", block)
-        in_blocks = len(blocks) + (logits.numel() > 2 * block)
+        monkeypatch.setattr(by_hand, "BLOCK", block)
+        blocks.clear()
         input = logits.clone().requires_grad_()
         loss = gradient_decay_cross_entropy(input, target, 0.1, reduction="none")
         loss.sum().backward()
-        assert len(blocks) == in_blocks
+        assert sum(blocks) == shape[0] and max(blocks) == min(shape[0], max(1, block // shape[1]))
         exact_input = logits.clone().double().requires_grad_()
         expected = reference(exact_input, target, 0.1, reduction="none")
         expected[2:].sum().backward()  # the first row has the one class: its gradient is 0, the reference's 0 / 0
@@ -829,38 +829,54 @@ def test_blocks_of_rows(shape, dtype, monkeypatch):
 
 @pytest.mark.parametrize("weight", [None, WEIGHT], ids=["", "weight"])
 @pytest.mark.parametrize("beta", [0.05, 20.0, PER_CLASS], ids=["small", "large", "per_class"])
-@pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("shape", [(5,), (252, 5), (4, 5, 3), (2, 5, 3, 2)])
-def test_by_hand_as_composed(shape, soft, beta, weight, monkeypatch):
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("soft", "smoothing"), [(False, 0.0), (False, 0.1), (True, 0.0), (True, 0.1)])
+@pytest.mark.parametrize("shape", [(252, 5), (4, 5, 3), (2, 5, 3, 2)])
+def test_by_hand_as_composed(shape, soft, smoothing, reduction, beta, weight, monkeypatch):
     """Block by block, with odd numbers of rows; composed where torch differentiates."""
-    calls = []
-    by_hand = probabilities._by_hand
-    monkeypatch.setattr(probabilities, "_by_hand", lambda *args: calls.append(args) or by_hand(*args))
-    monkeypatch.setattr(gap, "BLOCK", 7 * 5 * 4)
+    monkeypatch.setattr(by_hand, "BLOCK", 7 * 5 * 4)
     logits, target = make(shape, soft=soft)
-    dim = 0 if logits.dim() == 1 else 1
-    logits.select(dim, 2).reshape(-1)[:1] = 800.0  # a class far ahead
+    logits.select(1, 2).reshape(-1)[:1] = 800.0  # a class far ahead
+    ignored = None
     if soft:
-        target.select(dim, 4).fill_(0.0)
-        logits.select(dim, 4).reshape(-1)[-1:] = NEG_INF  # whose loss is infinite, and counts nothing
+        target.select(1, 4).fill_(0.0)
+        if smoothing == 0:
+            logits.select(1, 4).reshape(-1)[-1:] = NEG_INF  # whose loss is infinite, and counts nothing
+    else:
+        ignored = torch.zeros_like(target, dtype=torch.bool)
+        ignored.view(-1)[1] = True
     log_beta = torch.as_tensor(beta, dtype=torch.float64).log()
-    arguments = (target, log_beta, weight, 0.0 if soft else 0.1, dim, True)
+    arguments = (target, ignored, log_beta, weight, smoothing, reduction, True)
     results, factors = [], None
-    for function in (probabilities.from_probabilities, probabilities._composed):
+    for function in (by_hand.by_hand, composed.composed):
         z = logits.clone().requires_grad_()
         loss, cross_entropy = function(z, *arguments)
+        assert (function is by_hand.by_hand) == ("_ByHand" in type(loss.grad_fn).__name__)
         factors = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
         results.append((loss.detach(), cross_entropy, *torch.autograd.grad(loss, z, factors)))
-        assert not cross_entropy.requires_grad
-    assert len(calls) == 1
+        assert not cross_entropy.requires_grad and results[-1][-1].stride() == logits.stride()
     for ours, theirs in zip(*results, strict=True):
         assert ours.shape == theirs.shape
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-12, atol=1e-12)
-    other, _ = probabilities.from_probabilities(logits, target, log_beta + 1e-3, *arguments[2:])
+    other, _ = by_hand.by_hand(logits, target, ignored, log_beta + 1e-3, *arguments[3:])
     assert (other - results[0][0]).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize("variant", ["smoothed", "smoothed weighted", "soft", "soft weighted"])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_several_gradients_at_once(reduction, soft):
+    """As torch makes them for a Jacobian: the backward is vectorised, and what was kept is used more than once."""
+    logits, target = make((6, 5), soft=soft)
+    logits.requires_grad_()
+    loss = gradient_decay_cross_entropy(logits, target, 0.1, reduction=reduction)
+    several = torch.randn(3, *loss.shape, dtype=loss.dtype)
+    (at_once,) = torch.autograd.grad(loss, logits, several, retain_graph=True, is_grads_batched=True)
+    one_by_one = [torch.autograd.grad(loss, logits, one, retain_graph=True)[0] for one in several]
+    torch.testing.assert_close(at_once, torch.stack(one_by_one))
+    assert at_once[0].abs().max() > 1e-3 and not torch.allclose(at_once[0], at_once[1])
+
+
+@variants
 def test_by_hand_twice(variant):
     """A graph that is kept, and one of the gradient; beta is a number, with whose gradient nothing would be by hand."""
     logits, target, loss = variant_call(variant, reduction="none")
@@ -882,7 +898,7 @@ def test_by_hand_where_no_class_is_finite():
 
 
 def test_the_logits_are_not_changed_and_a_graph_can_be_used_twice(monkeypatch):
-    monkeypatch.setattr(gap, "BLOCK", 16)
+    monkeypatch.setattr(by_hand, "BLOCK", 16)
     input = torch.randn(9, 7, requires_grad=True)
     before = input.detach().clone()
     loss = gradient_decay_cross_entropy(input, torch.arange(9) % 7, 0.1)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from reference import reference
 from torch import Tensor
 
-from gd_plugin import gap, gradient_decay_cross_entropy, linear, linear_gradient_decay_cross_entropy
+from gd_plugin import by_hand, gradient_decay_cross_entropy, linear, linear_gradient_decay_cross_entropy
 
 EXAMPLES = 20_000
 # The same examples wherever it runs, and none kept in a file. Deadlines would be those of a busy machine.
@@ -215,8 +215,8 @@ def torchs(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
 def holds(loss_of_logits, loss_of_head, call: Call) -> None:
     """No NaN where torch has none, and every finite number is that of the reference."""
     note(call)
-    before = gap.BLOCK, linear._LOGITS_AT_ONCE
-    gap.BLOCK = linear._LOGITS_AT_ONCE = call.at_once
+    before = by_hand.BLOCK, linear._LOGITS_AT_ONCE
+    by_hand.BLOCK = linear._LOGITS_AT_ONCE = call.at_once
     try:
         if call.head is None:
             loss, gradients = with_gradients(
@@ -229,7 +229,7 @@ def holds(loss_of_logits, loss_of_head, call: Call) -> None:
                 call.factor,
             )
     finally:
-        gap.BLOCK, linear._LOGITS_AT_ONCE = before
+        by_hand.BLOCK, linear._LOGITS_AT_ONCE = before
 
     expected, by_logits, by_leaves = exactly(call)
     assert (loss.shape, loss.dtype) == (expected.shape, torch.promote_types(call.logits.dtype, torch.float32))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gd_plugin import gap, gradient_decay_cross_entropy, linear, linear_gradient_decay_cross_entropy
+from gd_plugin import by_hand, gradient_decay_cross_entropy, linear, linear_gradient_decay_cross_entropy
 
 N, D, C = 37, 12, 23
 
@@ -15,7 +15,7 @@ N, D, C = 37, 12, 23
 def small_chunks(monkeypatch):
     """Five rows at once, the last chunk cut short, in blocks of two rows."""
     monkeypatch.setattr(linear, "_LOGITS_AT_ONCE", 5 * C)
-    monkeypatch.setattr(gap, "BLOCK", 2 * C)
+    monkeypatch.setattr(by_hand, "BLOCK", 2 * C)
 
 
 def problem(dtype=torch.float32, bias=True):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import gd_plugin
-from gd_plugin import gap, gradient_decay_cross_entropy
+from gd_plugin import by_hand, gradient_decay_cross_entropy
 
 ROOT = Path(gd_plugin.__file__).parents[1]
 
@@ -66,28 +66,28 @@ def test_triton_is_not_imported_where_it_is_not_used():
 
 
 def test_without_triton_the_plain_way(monkeypatch):
-    gap._kernels.cache_clear()
-    monkeypatch.setattr(gap, "_KERNELS_ON_CPU", True)
+    by_hand._kernels.cache_clear()
+    monkeypatch.setattr(by_hand, "_KERNELS_ON_CPU", True)
     monkeypatch.delitem(sys.modules, "gd_plugin.triton_kernel", raising=False)
     monkeypatch.delattr(gd_plugin, "triton_kernel", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     try:
         logits, target = torch.randn(4, 5), torch.arange(4)
         torch.testing.assert_close(gradient_decay_cross_entropy(logits, target), F.cross_entropy(logits, target))
-        assert gap._kernels() is None
+        assert by_hand._kernels() is None
     finally:
-        gap._kernels.cache_clear()
+        by_hand._kernels.cache_clear()
 
 
 def test_where_it_does_not_compile_the_plain_way_and_a_warning(monkeypatch):
     triton_kernel = pytest.importorskip("gd_plugin.triton_kernel")
-    gap._kernels.cache_clear()
+    by_hand._kernels.cache_clear()
     triton_kernel._works.cache_clear()
 
     def broken(*args):
         raise RuntimeError("no C compiler\nand more")
 
-    monkeypatch.setattr(gap, "_KERNELS_ON_CPU", True)
+    monkeypatch.setattr(by_hand, "_KERNELS_ON_CPU", True)
     monkeypatch.setattr(triton_kernel, "_launch", broken)
     logits, target = torch.randn(4, 5), torch.arange(4)
     try:
@@ -121,7 +121,7 @@ def test_a_vocabulary_on_a_gpu():
     logits.requires_grad_()
     target = torch.randint(128_256, (8192,), device="cuda", generator=generator)
     target[::7] = -100
-    assert gap._rows_for_kernel(logits, 1) is not None
+    assert by_hand._rows_for_kernel(logits) is not None
 
     def ours(z, c):
         return gradient_decay_cross_entropy(z, c, 0.1)
