@@ -198,7 +198,7 @@ def gradient_in_place(
     """The loss of every sample of logits that are needed no longer: they become its gradient. No graph is made.
 
     Args:
-        logits: shape (N, C), contiguous, fp32 or fp64.
+        logits: shape (N, C), the classes side by side, fp32 or fp64.
         index, ignored, log_beta, weight, label_smoothing: as of `composed`.
 
     Returns:
@@ -223,10 +223,11 @@ def gradient_in_place(
         gaps = []
         of_rows = (log_beta.expand(index.shape), scale, ignored)
         for z, of_target, beta_of_part, scale_of_part, left_out in _blocks(logits, index.unsqueeze(1), *of_rows):
-            gap, _, total = gap_of_block(z, of_target, out=z)
+            gap, shares, total = gap_of_block(z, of_target)
             gaps.append(gap)
             slope = (gap - beta_of_part).sigmoid() * scale_of_part
-            z.mul_((slope / total).to(z.dtype).unsqueeze(1)).scatter_(1, of_target, -slope.to(z.dtype).unsqueeze(1))
+            torch.mul(shares, (slope / total).to(z.dtype).unsqueeze(1), out=z)
+            z.scatter_(1, of_target, -slope.to(z.dtype).unsqueeze(1))
             z.masked_fill_(left_out.unsqueeze(1), 0.0)
         gap = _joined(gaps)
     loss, cross_entropy = log_add(gap, log_beta) * scale, F.softplus(gap, threshold=40)

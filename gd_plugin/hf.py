@@ -26,16 +26,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import gather
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from .config import GradientDecayConfig, rename_fields
+from .config import GradientDecayConfig
+from .hf_callback import GradientDecayCallback, with_gd_prefix
 from .hf_fused import FusedHead
-from .hf_loss import DATA_PARALLEL, IGNORE_INDEX, GradientDecayLossFunc, check_model, is_language_model, shifted
+from .hf_loss import IGNORE_INDEX, GradientDecayLossFunc, check_model, is_language_model, shifted
 from .metrics import METRICS, ClassificationMetrics
-from .schedule import beta_at
 
 __all__ = [
     "GradientDecayCallback",
@@ -82,6 +81,8 @@ class GradientDecayTrainingArguments(TrainingArguments):
             # The Trainer would take every metric whose name does not end with "loss" for one to maximise.
             self.greater_is_better = best == "accuracy"
         super().__post_init__()
+        if self.gd_fused_linear and self.torch_compile:
+            raise ValueError("gd_fused_linear changes the model's forward, which torch_compile keeps; leave one out")
         _ = self.gd_config  # checked here, before a model or a data set is loaded
 
     @property
@@ -92,70 +93,6 @@ class GradientDecayTrainingArguments(TrainingArguments):
             return GradientDecayConfig(**values)
         except ValueError as error:
             raise ValueError(with_gd_prefix(error)) from None
-
-
-class GradientDecayCallback(TrainerCallback):
-    """Sets beta before every update and logs it, with the plain cross-entropy, beside every training ``loss``.
-
-    beta is a pure function of ``state.global_step``: a run resumed in the middle of a warm-up needs nothing from the
-    checkpoint. After an update that mixed precision skipped, ``global_step`` and with it beta advance all the same.
-
-    Adds to each training log: ``gd_beta``, of the update just made (mean over the classes where it is per class), and
-    ``cross_entropy``, plain, mean over the logged interval. ``loss`` is negative for confident samples at beta < 1.
-    Reporters (TensorBoard, W&B) see both if this callback stands before theirs, as `GradientDecayMixin` arranges;
-    the console and ``state.log_history`` always do.
-    """
-
-    def __init__(self, loss: GradientDecayLossFunc, follow_args: bool = False) -> None:
-        self.loss = loss
-        self.follow_args = follow_args  # read args.gd_config anew when training begins: a search has changed it
-        self._schedule: GradientDecayConfig | None = None
-        self._beta: float | tuple[float, ...] | None = None
-
-    def on_init_end(self, args, state, control, model=None, **kwargs):
-        self._bind(args, model)
-
-    def _bind(self, args, model) -> None:
-        refuse_data_parallel(args)
-        self.loss.bind(model, args)
-
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        if self.follow_args and args.gd_config != self.loss.config:
-            self.loss.configure(args.gd_config)
-        self._bind(args, model)  # again, or for the first time where add_callback came after the Trainer
-        try:
-            updates_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
-        except TypeError:  # an iterable data set has no length
-            updates_per_epoch = None
-        if args.world_size > 1:
-            updates_per_epoch = _longest(updates_per_epoch, args)
-        try:
-            self._schedule = self.loss.config.resolve(state.max_steps, updates_per_epoch)
-        except ValueError as error:
-            raise ValueError(with_gd_prefix(error)) from None
-        self._beta = None
-        if getattr(getattr(model, "config", None), "gd_temperature", None) is not None:
-            del model.config.gd_temperature  # fitted to other weights than these will be
-        self.on_step_begin(args, state, control)  # also for who measures the loss before the first update
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        beta = beta_at(self._schedule, state.global_step / state.max_steps)
-        if beta != self._beta:  # nothing at all to do once the warm-up is over
-            self.loss.loss.set_beta(beta)
-            self._beta = beta
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs is None or "loss" not in logs or self._beta is None:
-            return
-        if not self.loss.calls:
-            raise RuntimeError(
-                "the gradient-decay loss was never called: this Trainer's compute_loss computes a loss of its own; let "
-                "it call super().compute_loss, or use the loss there yourself"
-            )
-        beta = self._beta if isinstance(self._beta, float) else sum(self._beta) / len(self._beta)
-        added = {"gd_beta": beta, "cross_entropy": self.loss.pop_cross_entropy()}
-        logs.update(added)
-        state.log_history[-1].update(added)
 
 
 class GradientDecayMixin:
@@ -214,10 +151,6 @@ class GradientDecayMixin:
                 raise ValueError(with_gd_prefix(error)) from None
         self._gd_num_classes = num_classes
         if getattr(self.args, "gd_fused_linear", False):
-            if self.args.torch_compile:
-                raise ValueError(
-                    "gd_fused_linear changes the model's forward, which torch_compile keeps; leave one out"
-                )
             self.compute_loss_func.head = FusedHead(self.model, self.compute_loss_func)
         # Decided once: unwrapping the model in every step would cost.
         encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
@@ -268,7 +201,13 @@ class GradientDecayMixin:
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = self._gd_with_decoder_inputs(model, self._gd_with_labels(inputs))
-        with self._gd_fused(inputs):
+        fused = self._gd_fused(inputs)
+        if return_outputs and fused is not None:
+            raise ValueError(
+                "gd_fused_linear: in training the logits are never made, and compute_loss was asked for the model's "
+                "outputs; leave one out"
+            )
+        with fused or nullcontext():
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if not return_outputs:
             return result
@@ -283,7 +222,7 @@ class GradientDecayMixin:
         """In training with ``gd_fused_linear``: the loss in place of the logits."""
         loss = self.compute_loss_func
         if loss.head is None or "labels" not in inputs or not torch.is_grad_enabled():
-            return nullcontext()
+            return None
         if self.model.get_output_embeddings() is not loss.head.head:  # by model_init, or resized
             loss.head = FusedHead(self.model, loss)
         return loss.head.instead_of_logits(shifted(inputs["labels"]) if loss.shift_labels else inputs["labels"])
@@ -408,17 +347,6 @@ class GradientDecayTrainer(GradientDecayMixin, Trainer):
     """``transformers.Trainer`` with the gradient-decay loss; the one changed line. See `GradientDecayMixin`."""
 
 
-def _longest(updates_per_epoch: int | None, args: TrainingArguments) -> int | None:
-    """Of all processes: without ``even_batches`` one may have a batch more than another, and beta must be the same."""
-    shortest, longest = gather(torch.tensor([updates_per_epoch or 0], device=args.device)).aminmax()
-    if shortest != longest and "epoch" in (args.eval_strategy, args.save_strategy):
-        raise ValueError(
-            f"the processes have {shortest} to {longest} updates an epoch, and would wait for each other at its end "
-            "forever: use eval_strategy and save_strategy 'steps', or even_batches=True in accelerator_config"
-        )
-    return longest.item() or None
-
-
 def _eval_loss(metrics: dict[str, float]) -> float:
     return metrics["eval_loss"]
 
@@ -451,13 +379,3 @@ class _CheckedCollator:
                     "mend the labels"
                 )
         return batch
-
-
-def refuse_data_parallel(args: TrainingArguments) -> None:
-    if args.n_gpu > 1:
-        raise ValueError(DATA_PARALLEL.format(n=args.n_gpu))
-
-
-def with_gd_prefix(error: ValueError) -> str:
-    """A `GradientDecayConfig` message in the names of the training arguments."""
-    return rename_fields(error, "gd_{}".format)

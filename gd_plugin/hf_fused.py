@@ -15,7 +15,7 @@ from .linear import linear_gradient_decay_cross_entropy
 
 __all__ = ["FusedHead"]
 
-_REFUSED = "gd_fused_linear: {}; leave it out, which costs memory alone"
+_REFUSED = "gd_fused_linear: {}; leave it out: the training is the same, and holds the logits"
 
 
 class FusedHead:

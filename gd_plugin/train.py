@@ -33,7 +33,8 @@ from .data import ClassificationData, PreparedImages, PreparedTexts, load_data
 from .display import Bars, progress
 from .fit import Interrupted, fit
 from .folder import SETTINGS_FILE, check_folder, last_whole_checkpoint, remove_run
-from .hf import GradientDecayTrainingArguments, refuse_data_parallel, with_gd_prefix
+from .hf import GradientDecayTrainingArguments
+from .hf_callback import refuse_data_parallel, with_gd_prefix
 from .metrics import METRICS
 from .models import build_model
 from .push import PushError, check_token, hub_errors, push

@@ -279,7 +279,7 @@ def test_a_model_without_logits(tmp_path):
 
 def test_processes_that_would_wait_for_each_other(tmp_path, monkeypatch):
     """One has an update more than the other, and the first evaluation of an epoch would never end."""
-    monkeypatch.setattr("gd_plugin.hf.gather", lambda tensor: torch.cat([tensor, tensor - 1]))
+    monkeypatch.setattr("gd_plugin.hf_callback.gather", lambda tensor: torch.cat([tensor, tensor - 1]))
     monkeypatch.setattr(GradientDecayTrainingArguments, "world_size", property(lambda self: 2))
 
     def begin(**more):

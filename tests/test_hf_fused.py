@@ -9,6 +9,7 @@ from hf_models import MODELS, as_batch, distance, make_arguments, make_data, mak
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
+from gd_plugin import linear
 from gd_plugin.hf import GradientDecayTrainer
 
 CAUSAL = ["llama", "gpt2"]
@@ -39,7 +40,8 @@ def train(name, folder, fused, **more):
     ids=lambda more: "-".join(more) or "plain",
 )
 @pytest.mark.parametrize("name", [*CAUSAL, "masked", "t5"])
-def test_it_trains_as_with_logits(name, more, tmp_path):
+def test_it_trains_as_with_logits(name, more, tmp_path, monkeypatch):
+    monkeypatch.setattr(linear, "_LOGITS_AT_ONCE", 5 * 32)  # five tokens at once
     trainers = {}
     for fused in (False, True):
         trainers[fused], shapes = train(name, tmp_path / str(fused), fused, **more)
@@ -89,6 +91,55 @@ def test_fp16_gradients_have_the_scale_of_the_backward(tmp_path):
     assert error < 1e-2 and (of_unseen[0] - of_unseen[1]).norm() < 0.05 * of_unseen[1].norm()
 
 
+def test_the_gradient_of_bf16_autocast_is_as_far_from_fp32_as_that_of_the_logits(tmp_path):
+    """Against the same step in fp32: what bf16 rounds, it rounds with and without the logits."""
+    gradients = {}
+    for way in ("fp32", "logits", "fused"):
+        model = make_model("llama")
+        trainer = GradientDecayTrainer(model, make_arguments(tmp_path, gd_fused_linear=way == "fused", **WARMUP))
+        with torch.autocast("cpu", torch.bfloat16, enabled=way != "fp32"):
+            loss = trainer.compute_loss(model, as_batch(make_data("llama", 8)))
+        gradients[way] = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    logits, fused = ((gradients[way] - gradients["fp32"]).norm() for way in ("logits", "fused"))
+    assert 0.2 * logits < fused < 1.5 * logits and logits > 1e-4 * gradients["fp32"].norm()
+
+
+def test_two_trainers_on_one_model(tmp_path):
+    """Each with its own beta: the head belongs to whoever computes a loss."""
+    model = make_model("llama")
+    fused, alone = (
+        [
+            GradientDecayTrainer(model, make_arguments(tmp_path, gd_fused_linear=flag, gd_beta=beta))
+            for beta in (0.1, 5.0)
+        ]
+        for flag in (True, False)
+    )
+    alone = [trainer.compute_loss(model, as_batch(make_data("llama", 4))) for trainer in alone]
+    for _ in range(2):
+        losses = [trainer.compute_loss(model, as_batch(make_data("llama", 4))) for trainer in fused]
+        torch.testing.assert_close(losses, alone)
+    assert abs(losses[0] - losses[1]) > 0.1
+
+
+def test_outputs_that_would_have_no_logits_are_refused(tmp_path):
+    trainer = GradientDecayTrainer(make_model("llama"), make_arguments(tmp_path, gd_fused_linear=True))
+    batch = as_batch(make_data("llama", 4))
+    with pytest.raises(ValueError, match=r"gd_fused_linear: in training the logits are never made.*; leave one out"):
+        trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    with torch.no_grad():
+        _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    assert outputs["logits"].shape == (*batch["input_ids"].shape, 32)
+
+
+def test_a_step_whose_graph_is_kept(tmp_path):
+    trainer = GradientDecayTrainer(make_model("llama"), make_arguments(tmp_path, gd_fused_linear=True, gd_beta=0.1))
+    loss = trainer.compute_loss(trainer.model, as_batch(make_data("llama", 4)))
+    parameters = list(trainer.model.parameters())
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    second = torch.autograd.grad(3 * loss, parameters)
+    torch.testing.assert_close(second, tuple(3 * gradient for gradient in first))
+
+
 def test_knobs_and_models_that_change_after_the_trainer_is_made(tmp_path):
     """As a search does: another beta in the arguments, another model."""
     losses = {}
@@ -127,9 +178,11 @@ def test_evaluation_and_generation_see_logits(tmp_path):
     assert "forward" not in vars(model.lm_head)
 
 
-def test_the_logits_are_never_held(tmp_path):
-    """Counted are the bytes of logits that autograd keeps."""
-    kept = {}
+def test_the_logits_are_never_held(tmp_path, monkeypatch):
+    """Counted are the bytes of logits that autograd keeps, and the rows that are made at once."""
+    kept, rows, original = {}, [], linear._linear
+    monkeypatch.setattr(linear, "_LOGITS_AT_ONCE", 5 * 50_000)
+    monkeypatch.setattr(linear, "_linear", lambda *args: rows.append(args[-1].shape) or original(*args))
     for fused in (False, True):
         model = MODELS["llama"][0](MODELS["llama"][1](**MODELS["llama"][2] | {"vocab_size": 50_000}))
         arguments = make_arguments(tmp_path / str(fused), gd_fused_linear=fused, **TRAINING | WARMUP)
@@ -138,6 +191,7 @@ def test_the_logits_are_never_held(tmp_path):
         with torch.autograd.graph.saved_tensors_hooks(partial(_note, sizes), lambda tensor: tensor):
             trainer.compute_loss(model, as_batch(make_data("llama", 4)))
     assert sum(kept[True]) == 0 and sum(kept[False]) >= 4 * 8 * 50_000 * 4
+    assert [tuple(shape) for shape in rows] == [(5, 50_000)] * 6 + [(2, 50_000)]
 
 
 def _note(sizes, tensor):
@@ -181,9 +235,8 @@ def adapted():
 
 
 def test_not_with_torch_compile(tmp_path):
-    arguments = make_arguments(tmp_path, gd_fused_linear=True, torch_compile=True, torch_compile_backend="eager")
     with pytest.raises(ValueError, match="gd_fused_linear changes the model's forward, which torch_compile keeps"):
-        GradientDecayTrainer(make_model("llama"), arguments, train_dataset=[])
+        make_arguments(tmp_path, gd_fused_linear=True, torch_compile=True, torch_compile_backend="eager")
 
 
 def test_labels_that_are_all_ignored(tmp_path):

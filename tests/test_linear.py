@@ -167,8 +167,8 @@ def test_a_graph_used_twice():
 def test_never_all_logits(monkeypatch):
     """The largest tensor of logits that is made."""
     sizes = []
-    original = F.linear
-    monkeypatch.setattr(linear.F, "linear", lambda *args: sizes.append(len(args[0])) or original(*args))
+    original = linear._linear
+    monkeypatch.setattr(linear, "_linear", lambda *args: sizes.append(len(args[0])) or original(*args))
     tensors, target = problem()
     for reduction, calls in (("mean", 8), ("none", 16)):
         sizes.clear()
@@ -216,6 +216,7 @@ BAD = {
     "bias": (dict(linear_bias=torch.randn(C + 1)), r"linear_bias must have shape \(23,\)"),
     "target": (dict(target=torch.zeros(N, C)), r"target must have shape \(37,\)"),
     "beta with a gradient": (dict(beta=torch.tensor(1.0, requires_grad=True)), "beta requires grad"),
+    "weight with a gradient": (dict(weight=torch.ones(C, requires_grad=True)), "weight requires grad"),
     "beta": (dict(beta=-1.0), "beta must be positive"),
     "beta of other classes": (dict(beta=torch.ones(C + 1)), "one value per class"),
     "weight": (dict(weight=torch.ones(C + 1)), "weight must have one value per class"),
@@ -264,3 +265,69 @@ def test_the_sum_of_the_weights_is_not_rounded_to_their_type():
     expected = with_gradients(of_logits(target, 2.0, weight), tensors, None)
     for one, two in zip(got, expected, strict=True):
         torch.testing.assert_close(one, two.float(), rtol=2e-6, atol=2e-6 * two.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_under_autocast(dtype, reduction):
+    """As ``F.linear`` there: the head's tensors are rounded, the loss is not, and the gradients are fp32."""
+    tensors, target = problem()
+
+    def ours(*head):
+        with torch.autocast("cpu", dtype):
+            return linear_gradient_decay_cross_entropy(*head[:2], target, 0.1, head[2], reduction=reduction)
+
+    def theirs(*head):
+        with torch.autocast("cpu", dtype):
+            logits = F.linear(*head)
+        assert logits.dtype == dtype
+        return gradient_decay_cross_entropy(logits, target, 0.1, reduction=reduction)
+
+    got, expected, exact = (
+        with_gradients(way, tensors, None) for way in (ours, theirs, of_logits(target, 0.1, None, -100, reduction))
+    )
+    for one, two, three in zip(got, expected, exact, strict=True):
+        assert one.dtype == torch.float32
+        scale = two.abs().max()
+        assert (one - two).abs().max() <= 2 * torch.finfo(dtype).eps * scale
+        assert (two - three).abs().max() > 1e-6 * scale  # the control: rounding is seen
+
+
+def test_fp16_gradients_have_the_scale_of_the_backward():
+    """A mean over 2,000 rows of shares near fp16's smallest number, times 2**17, which fp16 cannot hold either."""
+    generator = torch.Generator().manual_seed(0)
+    input, linear_weight = torch.randn(2000, 4, generator=generator).half(), torch.zeros(500, 4).half()
+    target = torch.randint(500, (2000,), generator=generator)
+    for reduction, factor in (("mean", 2.0**17), ("sum", 2.0**-6)):
+        head = [input, linear_weight]
+        got = with_gradients(
+            lambda i, w, r=reduction: linear_gradient_decay_cross_entropy(i, w, target, 5.0, reduction=r),
+            head,
+            lambda loss, factor=factor: torch.full_like(loss, factor),
+        )
+        expected = with_gradients(
+            of_logits(target, 5.0, None, -100, reduction),
+            head,
+            lambda loss, factor=factor: torch.full_like(loss, factor),
+        )
+        error = (got[2].float() - expected[2].float()).norm() / expected[2].float().norm()
+        assert got[2].isfinite().all() and error < 2e-3, error
+    unscaled = (expected[2].float() * 2.0**6 / 2000 / 2000).half()
+    assert (unscaled == 0).float().mean() > 0.05  # the control: a row's share of the mean is nothing in fp16
+
+
+def test_a_bf16_gradient_is_rounded_once():
+    """Scaled in fp32: a factor beyond 2**8 that is no power of 2 is not bf16's own."""
+    tensors, target = problem(torch.bfloat16)
+    got = with_gradients(
+        lambda *head: linear_gradient_decay_cross_entropy(*head[:2], target, 0.1, head[2], reduction="sum"),
+        tensors,
+        lambda loss: torch.full_like(loss, 1.00390625),
+    )
+    plain = with_gradients(
+        lambda *head: linear_gradient_decay_cross_entropy(*head[:2], target, 0.1, head[2], reduction="sum"),
+        tensors,
+        None,
+    )
+    assert torch.equal(torch.tensor(1.00390625).bfloat16(), torch.tensor(1.0).bfloat16())
+    assert not torch.equal(got[2], plain[2])
