@@ -134,6 +134,9 @@ def _of_probabilities(
 ) -> tuple[Tensor, Tensor | None, Finish | None]:
     """``out``: where the gradient of every sample's loss is written; it may be the logits."""
     soft = ignored is None
+    kernel = _kernel_of_probabilities(logits, target, soft, log_beta, weight, label_smoothing)
+    if kernel is not None:
+        return _by_kernel(kernel, logits, ignored, return_cross_entropy, keep, out)
     dtype = torch.promote_types(compute_dtype(logits), target.dtype) if soft else compute_dtype(logits)
     per_class = (-1, *[1] * (logits.dim() - 2))
     weight = None if weight is None else weight.to(dtype).reshape(per_class)
@@ -185,6 +188,32 @@ def _of_probabilities(
         return out.mul_(grad) if last else out * grad
 
     return _joined(losses), _joined(cross_entropies) if return_cross_entropy else None, finish if keep else None
+
+
+def _kernel_of_probabilities(logits, target, soft, log_beta, weight, label_smoothing):
+    """A `triton_kernel.OfProbabilities`, or None where there is none for these tensors."""
+    rows = _rows_for_kernel(logits)
+    if rows is None or (soft and target.dtype == torch.float64):
+        return None
+    target = target.movedim(1, -1).reshape(rows.shape) if soft else target.reshape(-1)
+    return _kernels().OfProbabilities(rows, target, log_beta, weight, label_smoothing)
+
+
+def _by_kernel(kernel, logits, ignored, return_cross_entropy, keep, out) -> tuple[Tensor, Tensor | None, Finish | None]:
+    shape = logits[:, 0].shape
+
+    def finish(ctx, grad: Tensor, last: bool) -> Tensor:
+        logits, _ = ctx.saved_tensors
+        rows = _kernels().as_rows(logits)
+        grad = grad.expand(shape)
+        grad = grad if ignored is None else grad.masked_fill(ignored, 0.0)
+        gradient = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+        return _as_logits(kernel.write_gradient(rows, grad.reshape(-1), gradient), logits)
+
+    if out is not None:
+        kernel.write_gradient(out, (~ignored).reshape(-1), out)
+    cross_entropy = kernel.cross_entropy().reshape(shape) if return_cross_entropy else None
+    return kernel.loss.reshape(shape), cross_entropy, finish if keep else None
 
 
 def gradient_in_place(

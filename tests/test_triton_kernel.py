@@ -46,8 +46,26 @@ def test_the_kernels_compile(dtype, target, tmp_path, monkeypatch):
     start = {"logits": logits, "row_stride": "i64", "target": "*i64"}
     forward = start | {"of_target": logits, "gap": "*fp64"} | per_row | {"num_classes": "i32"}
     backward = start | {"grad": "*fp64"} | per_row | {"out": logits, "out_stride": "i64", "num_classes": "i32"}
-    for kernel, types in ((triton_kernel._forward, forward), (triton_kernel._backward, backward)):
-        source = ASTSource(kernel, types | {"BLOCK": "constexpr"}, constexprs={(len(types),): 4096})
+    shared = start | {"target_stride": "i64", "weight": "*fp32", "beta_less_one": "*fp32", "keep": "fp32"}
+    shared |= {"spread": "fp32", "of_top": "*i64", "numbers": "*fp32", "numbers_stride": "i64"}
+    own = {"a_of_top": "*fp32", "grad": "*fp32", "out": logits, "out_stride": "i64"}
+    flags = {"SOFT": False, "WEIGHTED": True, "PER_CLASS": True}
+    soft = {"SOFT": True, "WEIGHTED": False, "PER_CLASS": False}
+    kernels = [(triton_kernel._forward, forward, {}), (triton_kernel._backward, backward, {})]
+    for constants in (flags, soft):
+        types = shared | {"target": logits if constants["SOFT"] else "*i64"}
+        kernels += [
+            (triton_kernel._forward_probabilities, types | {"num_classes": "i32"}, constants),
+            (triton_kernel._backward_probabilities, types | own | {"num_classes": "i32"}, constants),
+        ]
+    for kernel, types, constants in kernels:
+        constants = constants | {"BLOCK": 4096}
+        order = kernel.arg_names
+        source = ASTSource(
+            kernel,
+            {name: types.get(name, "constexpr") for name in order},
+            constexprs={(order.index(name),): value for name, value in constants.items()},
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Triton, of its own defaults
             compiled = triton.compile(source, target=GPUTarget(*target), options={"num_warps": 8})
@@ -151,13 +169,14 @@ def test_a_vocabulary_on_a_gpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("beta", [1e-6, 0.1, 1.0, 10.0, 1e6])
 @pytest.mark.parametrize("num_classes", [2, 10, 1000, 4097, 50_257])
-def test_fp32_on_a_gpu(num_classes, beta):
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_fp32_on_a_gpu(num_classes, beta, smoothing):
     logits = (4 * torch.randn(64, num_classes)).cuda().requires_grad_()
     target = torch.randint(num_classes, (64,)).cuda()
-    loss = gradient_decay_cross_entropy(logits, target, beta, reduction="none")
+    loss = gradient_decay_cross_entropy(logits, target, beta, reduction="none", label_smoothing=smoothing)
     (grad,) = torch.autograd.grad(loss.sum(), logits)
     twin = logits.detach().double().requires_grad_()  # fp64 has no kernel
-    plain = gradient_decay_cross_entropy(twin, target, beta, reduction="none")
+    plain = gradient_decay_cross_entropy(twin, target, beta, reduction="none", label_smoothing=smoothing)
     (wanted,) = torch.autograd.grad(plain.sum(), twin)
     torch.testing.assert_close(loss.double(), plain, rtol=1e-6, atol=1e-6)
     assert ((grad - wanted).norm(dim=1) <= 1e-6 * wanted.norm(dim=1) + 1e-37).all()

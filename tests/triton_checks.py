@@ -25,7 +25,12 @@ seeds = itertools.count()
 def poison(monkeypatch):
     """Whatever the kernels are given to fill holds NaN: an element that they leave out shows."""
     real = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: real(*args, **kwargs).fill_(math.nan))
+
+    def filled(*args, **kwargs):
+        tensor = real(*args, **kwargs)
+        return tensor.fill_(math.nan if tensor.is_floating_point() else 2**40)
+
+    monkeypatch.setattr(torch, "empty", filled)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +38,9 @@ def launches(monkeypatch):
     """The kernels that ran: without it a check could pass by the plain way."""
     triton_kernel._works(torch.device("cpu"))  # or its own launches would be among them
     names, real = [], triton_kernel._launch
-    monkeypatch.setattr(triton_kernel, "_launch", lambda kernel, *args: names.append(kernel) or real(kernel, *args))
+    monkeypatch.setattr(
+        triton_kernel, "_launch", lambda kernel, *args, **how: names.append(kernel) or real(kernel, *args, **how)
+    )
     return names
 
 
@@ -134,15 +141,80 @@ def test_arguments(reduction, ignore_index):
     assert max(got) <= BOUND, got
 
 
+OF_PROBABILITIES = [triton_kernel._forward_probabilities, triton_kernel._backward_probabilities]
+
+
+def probabilities(rows, num_classes, *more, **how):
+    logits, target = random(rows, num_classes, *more, **how)
+    soft = torch.randn(rows, num_classes, generator=torch.Generator().manual_seed(next(seeds))).softmax(1)
+    soft[0] = F.one_hot(target[0], num_classes)  # a class of probability 0 counts nothing
+    return logits, soft
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_classes", CLASSES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("soft", [False, True])
-def test_label_smoothing_and_soft_targets(soft, launches):
-    logits, target = random(5, 123)
-    kwargs = {"label_smoothing": 0.1, "reduction": "none"}
-    if soft:
-        target, kwargs = torch.randn(5, 123).softmax(1), {"reduction": "none"}
-    got = errors(logits, target, 0.1, **kwargs)
+def test_label_smoothing_and_soft_targets(soft, smoothing, num_classes, dtype, launches):
+    if not soft and smoothing == 0:
+        smoothing = 1.0  # every class the same
+    logits, target = (probabilities if soft else random)(4, num_classes, dtype)
+    label = target[0].argmax() if soft else target[0]
+    logits[0, label] = logits[0].max() + 1  # where no class is ahead, beta counts for little
+    got = errors(logits, target, 0.1, label_smoothing=smoothing, reduction="none")
+    assert got[0] <= 2 * bars(dtype)[0] and got[1] <= 2 * bars(dtype)[1], got
+    assert launches == OF_PROBABILITIES
+    wrong = errors(
+        logits, target, 0.1, loss=lambda z, c, b, **kw: gradient_decay_cross_entropy(z, c, 1.05 * b, **kw),
+        label_smoothing=smoothing, reduction="none",
+    )  # fmt: skip
+    assert smoothing == 1 or wrong[0] > 1e-4  # the control
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("per_class", [False, True])
+@pytest.mark.parametrize("soft", [False, True])
+def test_arguments_of_probabilities(soft, per_class, weighted, reduction, launches):
+    logits, target = (probabilities if soft else random)(7, 123)
+    generator = torch.Generator().manual_seed(next(seeds))
+    kwargs = {"reduction": reduction, "label_smoothing": 0.2}
+    if weighted:
+        kwargs["weight"] = torch.rand(123, generator=generator)
+    if not soft:
+        target[2], target[4] = 3, -100
+    beta = (3 * torch.randn(123, generator=generator)).exp() if per_class else 1e-6
+    got = errors(logits, target, beta, **kwargs)
     assert max(got) <= 2 * BOUND, got
-    assert not launches  # the gradient is by hand, of torch's own functions
+    assert launches == OF_PROBABILITIES
+    _, plain = gradient_decay_cross_entropy(logits, target, beta, **kwargs, return_cross_entropy=True)
+    expected = F.cross_entropy(logits.double(), target.double() if soft else target, reduction=reduction)
+    torch.testing.assert_close(plain.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_probabilities_as_the_plain_way(beta, monkeypatch):
+    """Rows that are far ahead, far behind, all alike, or without a finite logit; of probabilities and in place."""
+    logits, soft = probabilities(7, 53, scale=8.0)
+    logits[1] += 60 * soft[1]
+    logits[2], logits[3, :52], logits[4, 5] = 0.5, -math.inf, 90.0
+    soft[3] = F.one_hot(torch.tensor(52), 53)
+    log_beta = torch.tensor(beta, dtype=torch.float64).log()
+    index, ignored = soft.argmax(1), torch.arange(7) == 6
+    results = []
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(by_hand, "_rows_for_kernel", lambda logits: None)
+        z = logits.clone().requires_grad_()
+        loss, cross_entropy = by_hand.by_hand(z, soft, None, log_beta, None, 0.0, "none", True)
+        results.append([loss.detach(), cross_entropy, *torch.autograd.grad(loss.sum(), z)])
+        torch.manual_seed(0)  # the same weights
+        z = logits.clone()
+        z[3] = 0.0
+        results[-1] += [*by_hand.gradient_in_place(z, index, ignored, log_beta, torch.rand(53), 0.1), z]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6 * theirs.abs().max().item())
+    assert results[0][-1][6].eq(0).all() and results[0][2].abs().max() > 1e-3
 
 
 def test_beta_that_requires_grad_and_the_plain_cross_entropy():
@@ -296,6 +368,7 @@ def test_in_place(launches):
 
 def test_another_beta_is_seen():
     logits, target = random(5, 123)
+    logits[0, target[0]] = logits[0].max() + 1  # where the target is far behind beta counts for nothing
     got = errors(logits, target, 0.1, loss=lambda z, c, b, **kw: gradient_decay_cross_entropy(z, c, 1.01 * b, **kw))
     assert got[1] > 100 * BOUND
 
@@ -316,6 +389,7 @@ def _with_the_target(
 
 def test_a_target_left_in_the_sum_is_seen(monkeypatch):
     logits, target = random(5, 123)
+    logits[0, target[0]] = logits[0].max() + 1
     assert max(errors(logits, target, 0.1, reduction="none")) <= BOUND
     monkeypatch.setattr(triton_kernel, "_forward", _with_the_target)
     got = errors(logits, target, 0.1, reduction="none")
