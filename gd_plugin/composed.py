@@ -75,32 +75,34 @@ def divisor_of_mean(target: Tensor, ignored: Tensor | None, weight: Tensor | Non
 
 
 def _of_probabilities(logits, target, log_beta, weight, label_smoothing, return_cross_entropy):
-    """sum_k q_k J(z, k) and sum_k q_k CE(z, k) of every sample.
-
-    With ``gap_k = log(1 - p_k) - log p_k``, exact while p_k <= 1/2. Only the largest logit can be above that: that one
-    class goes through the target gap.
-    """
+    """sum_k q_k J(z, k) and sum_k q_k CE(z, k) of every sample, in the names of `by_hand`: e_k = exp(z_k - z_top)."""
     if target.dim() < logits.dim():
         target = torch.zeros_like(logits, dtype=compute_dtype(logits)).scatter(1, target.unsqueeze(1), 1.0)
     dtype = torch.promote_types(compute_dtype(logits), target.dtype)
-    logits, target = logits.to(dtype), target.to(dtype)
+    logits, target, rows = logits.to(dtype), target.to(dtype), row_dtype(logits.device)
     per_class = (-1, *[1] * (logits.dim() - 2))
-    log_p = F.log_softmax(logits, 1)
-    cross_entropy = -weighted_sum(target, log_p.detach()) if return_cross_entropy else None
+    top, of_top = logits.detach().max(1, keepdim=True)
+    behind = logits - top.masked_fill(top == -torch.inf, 0.0)
+    behind_of_top = behind.gather(1, of_top)  # 0, but for its gradient
+    e = behind.scatter(1, of_top, -torch.inf).exp()
+    rest = e.sum(1, keepdim=True)
+    cross_entropy = None
+    if return_cross_entropy:
+        each = (rest.to(rows).log1p().to(dtype) - behind).detach()
+        cross_entropy = weighted_sum(target, each)
     if label_smoothing > 0:
         target = target * (1 - label_smoothing) + label_smoothing / logits.shape[1]
     if weight is not None:
         target = target * weight.to(dtype).reshape(per_class)
 
-    top = logits.detach().argmax(1)
-    loss_of_top = log_add(target_gap(logits, top), of_class(log_beta, top))
-    target_of_top = target.gather(1, top.unsqueeze(1)).squeeze(1)
-
-    log_p = log_p.scatter(1, top.unsqueeze(1), -1.0)  # any p < 1: log(1 - p) and its gradient must be finite
-    log_beta_of_others = log_beta.to(dtype).reshape(per_class) if log_beta.dim() else log_beta
-    loss_of_others = log_add(torch.log1p(-log_p.exp()) - log_p, log_beta_of_others)
-    loss_of_others = loss_of_others.scatter(1, top.unsqueeze(1), 0.0)
-    return target_of_top * loss_of_top + weighted_sum(target, loss_of_others), cross_entropy
+    beta_less_one = log_beta.expm1().to(dtype)
+    beta_less_one = beta_less_one.reshape(per_class) if log_beta.dim() else beta_less_one
+    of_others = (rest + behind_of_top.exp() + beta_less_one * e).log() - behind
+    of_others = of_others.scatter(1, of_top, 0.0)
+    # The largest class alone can have a probability near 1, where log D - (z - z_top) would lose its gradient's digits.
+    gap = rest.clamp(min=torch.finfo(dtype).tiny).to(rows).log() - behind_of_top.to(rows)
+    loss_of_top = target.gather(1, of_top) * log_add(gap, of_class(log_beta, of_top))
+    return loss_of_top.squeeze(1) + weighted_sum(target, of_others), cross_entropy
 
 
 def weighted_sum(target: Tensor, values: Tensor) -> Tensor:

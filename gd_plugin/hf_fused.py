@@ -49,6 +49,12 @@ class FusedHead:
             raise ValueError(
                 _REFUSED.format("the model's output layer has a forward of its own, by device_map or hooks")
             )
+        if getattr(model.config, "attention_type", None) == "block_sparse":
+            raise ValueError(
+                _REFUSED.format(
+                    f"{type(model).__name__} gives up its sparse attention once it meets the few tokens of a trial"
+                )
+            )
         try:
             is_last = _is_last(model, self.head)
         except Exception as error:

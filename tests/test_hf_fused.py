@@ -7,7 +7,14 @@ import pytest
 import torch
 from hf_models import MODELS, as_batch, distance, make_arguments, make_data, make_model, train_logs, weights
 from torch import nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import (
+    BigBirdConfig,
+    BigBirdForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
 from gd_plugin import linear
 from gd_plugin.hf import GradientDecayTrainer
@@ -207,6 +214,10 @@ def scaled(**sizes):
     return GraniteForCausalLM(GraniteConfig(num_key_value_heads=2, logits_scaling=8.0, **sizes))
 
 
+def sparse(**sizes):
+    return BigBirdForMaskedLM(BigBirdConfig(attention_type="block_sparse", block_size=4, num_random_blocks=1, **sizes))
+
+
 class _Adapted(nn.Linear):
     """As of LoRA: more than a matrix."""
 
@@ -218,9 +229,10 @@ class _Adapted(nn.Linear):
         (lambda: capped(**MODELS["llama"][2]), "Gemma2ForCausalLM changes what its output layer makes, by a soft cap"),
         (lambda: scaled(**MODELS["llama"][2]), "GraniteForCausalLM changes what its output layer makes, by a soft cap"),
         (lambda: make_model("bart"), "BartForConditionalGeneration changes what its output layer makes"),
+        (lambda: sparse(**MODELS["llama"][2]), "BigBirdForMaskedLM gives up its sparse attention once"),
         (lambda: adapted(), "the model's output layer is a _Adapted, no nn.Linear"),
     ],
-    ids=["classifier", "soft cap", "scale", "bias", "adapter"],
+    ids=["classifier", "soft cap", "scale", "bias", "sparse", "adapter"],
 )
 def test_models_that_cannot_be_fused(model, why, tmp_path):
     with pytest.raises(ValueError, match=rf"^gd_fused_linear: {why}.*; leave it out"):

@@ -157,7 +157,7 @@ def probabilities(rows, num_classes, *more, **how):
 @pytest.mark.parametrize("soft", [False, True])
 def test_label_smoothing_and_soft_targets(soft, smoothing, num_classes, dtype, launches):
     if not soft and smoothing == 0:
-        smoothing = 1.0  # every class the same
+        smoothing = 0.5
     logits, target = (probabilities if soft else random)(4, num_classes, dtype)
     label = target[0].argmax() if soft else target[0]
     logits[0, label] = logits[0].max() + 1  # where no class is ahead, beta counts for little
@@ -168,7 +168,7 @@ def test_label_smoothing_and_soft_targets(soft, smoothing, num_classes, dtype, l
         logits, target, 0.1, loss=lambda z, c, b, **kw: gradient_decay_cross_entropy(z, c, 1.05 * b, **kw),
         label_smoothing=smoothing, reduction="none",
     )  # fmt: skip
-    assert smoothing == 1 or wrong[0] > 1e-4  # the control
+    assert wrong[0] > 1e-4  # the control
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
