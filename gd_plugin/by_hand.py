@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .composed import composed, reduced, weighted_sum
+from .composed import as_result, composed, reduced, weighted_sum
 from .gap import compute_dtype, gap_of_block, log_add, of_class, row_dtype
 
 BLOCK = 2**19  # logits on a CPU that are worked on at once: 2 MiB in fp32
@@ -95,7 +95,8 @@ def _forward(
         if weight is not None:
             loss = loss * of_class(weight, target)
         cross_entropy = F.softplus(gap, threshold=40) if return_cross_entropy else None
-    return *reduced(loss, cross_entropy, target, ignored, weight, reduction), finish
+    loss, cross_entropy, divisor = reduced(loss, cross_entropy, target, ignored, weight, reduction)
+    return as_result(loss, logits, target), as_result(cross_entropy, logits, target), divisor, finish
 
 
 def _of_indices(logits, index, ignored, log_beta, weight, keep) -> tuple[Tensor, Finish | None]:

@@ -36,7 +36,8 @@ def composed(
         if weight is not None:
             loss = loss * of_class(weight, target)
         cross_entropy = F.softplus(gap.detach(), threshold=40) if return_cross_entropy else None
-    return reduced(loss, cross_entropy, target, ignored, weight, reduction)[:2]
+    loss, cross_entropy, _ = reduced(loss, cross_entropy, target, ignored, weight, reduction)
+    return as_result(loss, logits, target), as_result(cross_entropy, logits, target)
 
 
 def reduced(
@@ -62,6 +63,14 @@ def reduced(
     if cross_entropy is not None:
         cross_entropy = cross_entropy / (divisor if weight is None else divisor_of_mean(target, ignored, None))
     return loss / divisor, cross_entropy, divisor
+
+
+def as_result(values: Tensor | None, logits: Tensor, target: Tensor) -> Tensor | None:
+    """In the dtype that they are returned in."""
+    if values is None:
+        return None
+    dtype = compute_dtype(logits)
+    return values.to(torch.promote_types(dtype, target.dtype) if target.is_floating_point() else dtype)
 
 
 def divisor_of_mean(target: Tensor, ignored: Tensor | None, weight: Tensor | None) -> Tensor | int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .by_hand import by_hand, is_eager
 from .composed import composed
-from .gap import compute_dtype, is_distributed, log_of_beta
+from .gap import is_distributed, log_of_beta
 
 __all__ = ["gradient_decay_cross_entropy"]
 
@@ -90,10 +90,8 @@ def gradient_decay_cross_entropy(
 
         if soft or label_smoothing > 0 or class_shard(input) is None:
             input = _whole(input)
-    dtype, ignored = compute_dtype(input), None
-    if soft:
-        dtype = torch.promote_types(dtype, target.dtype)
-    else:
+    ignored = None
+    if not soft:
         target = target.long()  # before the comparison: in uint8, -100 is class 156
         ignored = target == ignore_index
         target = target.masked_fill(ignored, 0)
@@ -104,10 +102,8 @@ def gradient_decay_cross_entropy(
     loss, cross_entropy = way(
         input, target, ignored, log_beta, weight, label_smoothing, reduction, return_cross_entropy
     )
-    loss, cross_entropy = (
-        None if values is None else (values.squeeze(0) if lone and reduction == "none" else values).to(dtype)
-        for values in (loss, cross_entropy)
-    )
+    if lone and reduction == "none":
+        loss, cross_entropy = loss.squeeze(0), cross_entropy.squeeze(0) if return_cross_entropy else None
     return (loss, cross_entropy) if return_cross_entropy else loss
 
 
