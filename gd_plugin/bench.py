@@ -6,6 +6,8 @@ meanwhile meets all of them. Peak memory is measured in a fresh process per rout
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import statistics
 import subprocess
@@ -81,6 +83,7 @@ def measure(case: Case, rounds: int, tick: Callable[[], None]) -> dict[str, dict
 
 def peak(case: Case, route: str) -> int | None:
     """Bytes that a step takes at most beyond its inputs, in this process; None where that cannot be known."""
+    case.routes[route](case)()  # compiles, and brings in the code and the threads, which are no memory of the loss
     step = case.routes[route](case)
     if case.device != "cpu":
         step()
@@ -92,9 +95,9 @@ def peak(case: Case, route: str) -> int | None:
     status = Path("/proc/self/status")
     if not status.exists():
         return None
-    # A first step of a few rows brings in the code and the threads, which are no memory of the loss.
-    small = Case(case.part, (min(16, case.shape[0]), *case.shape[1:-1], min(100, case.shape[-1])), case.dtype, "cpu")
-    case.routes[route](small)()
+    gc.collect()
+    # What the first step has freed is given back, or its pages would not count.
+    getattr(ctypes.CDLL(None), "malloc_trim", id)(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = _kib(status, "VmRSS")
     step()
@@ -141,9 +144,9 @@ def growth(points: list[dict], route: str = OURS) -> float:
     return float(np.polyfit(x, y, 1)[0])
 
 
-def peak_in_mib(name: str, route: dict) -> str:
-    """Empty where it is not known: the compiler's own memory is part of what was measured for a compiled route."""
-    return "" if route.get("peak") is None or "compiled" in name else f"{route['peak'] / 2**20:.0f}"
+def peak_in_mib(route: dict) -> str:
+    """Empty where it is not known."""
+    return "" if route.get("peak") is None else f"{route['peak'] / 2**20:.0f}"
 
 
 def table(case: dict) -> tuple[list[str], list[list[str]]]:
@@ -158,7 +161,7 @@ def table(case: dict) -> tuple[list[str], list[list[str]]]:
         low, median, high = found[name]
         seconds = statistics.median(route["seconds"])
         share = f"{100 * case['bytes_moved'] / seconds / case['bandwidth']:.0f} %" if case["bytes_moved"] else "-"
-        mib = peak_in_mib(name, route)
+        mib = peak_in_mib(route)
         rows.append([name, f"{median:.2f} ({low:.2f} to {high:.2f})", f"{1e3 * seconds:.3g}", mib or "-", share])
     return ["route", f"time / {base}", "ms", "peak MiB", "of copy bandwidth"], rows
 
@@ -188,15 +191,31 @@ def main(argv: list[str] | None = None) -> int:
     """Run ``python -m gd_plugin.bench`` and return its exit code."""
     parser = Parser(
         prog="python -m gd_plugin.bench",
-        description="Times the loss beside its peers, interleaved in one run; prints ratios, writes bench.json and "
-        "classes.png. About half an hour on two CPU cores.",
+        description="Times the loss beside its peers, interleaved in one run; prints a table of ratios after every "
+        "comparison, and writes bench.json (seconds of every round, bytes) and classes.png. About 20 minutes on two CPU "
+        "cores.",
     )
     parser.add_argument("--output_dir", type=Path, default=Path("bench"), help="default: bench")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all of them")
-    parser.add_argument("--rounds", type=int, default=20, help="of every comparison; default: 20")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=PARTS,
+        help="default: all of them. logits: of "
+        f"{' and '.join('x'.join(map(str, shape)) for shape in SHAPES)} numbers (5 minutes); smoothing: with "
+        "label smoothing (1); linear: from a head's input (2); model: a step of a Llama with 128,256 "
+        "tokens (2); classes: from 10 to a million (4); step: training steps of a ResNet and a BERT (4)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=20,
+        help="of every comparison; default: 20. With few "
+        "of them most of the time goes into compiling and into a fresh process per route, for its memory",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, on a GPU bfloat16")
-    parser.add_argument("--largest", type=int, help="leave out logits of more numbers than this")
+    parser.add_argument("--largest", type=int, help="leave out logits of more numbers than this, rows times classes")
     parser.add_argument("--peak", help="for the command itself: the peak memory of one route, in this process")
     try:
         options = parser.parse_args(argv)
@@ -211,7 +230,11 @@ def main(argv: list[str] | None = None) -> int:
         part, shape, dtype, device, route = json.loads(options.peak)
         print(json.dumps(peak(Case(part, tuple(shape), getattr(torch, dtype), device), route)))
         return 0
-    run(options, Console(emoji=False))
+    try:
+        run(options, Console(emoji=False))
+    except ValueError as error:
+        print(f"python -m gd_plugin.bench: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -232,8 +255,10 @@ def run(options, console: Console) -> dict:
         for shape in shapes
         if options.largest is None or shape[0] * shape[-1] <= options.largest
     ]
-    options.output_dir.mkdir(parents=True, exist_ok=True)
     file = options.output_dir / "bench.json"
+    if not cases and "step" not in options.parts:
+        raise ValueError(f"--largest {options.largest} leaves nothing of these --parts to measure; give a larger one")
+    options.output_dir.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "format": 1,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -259,6 +284,8 @@ def run(options, console: Console) -> dict:
             progress.advance(bar)
 
         for case in cases:
+            if not console.is_terminal:  # where there is no bar
+                console.print(f"measuring {case.name}: {len(case.routes)} routes", markup=False)
             routes = measure(case, options.rounds, tick)
             for name, route in routes.items():
                 if "seconds" in route:

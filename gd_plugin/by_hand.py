@@ -3,8 +3,9 @@
 On a CPU it goes block by block of rows, while a block is in the cache, and what the gradient needs takes the one tensor
 of the logits' size that is allocated: the backward scales it in its place and hands it on. (A second tensor of that
 size costs more time than the arithmetic.) It is kept beside autograd's saved tensors, whose hooks do not see it; a
-further backward through a graph that is retained makes it again. Where Triton's kernels run, a few numbers per row are
-kept in place of it.
+further backward through a graph that is retained makes it again, for which the logits are saved as well. Where Triton's
+kernels run, a few numbers per row are kept in place of it, and the backward needs the logits: changed in place
+meanwhile, they are refused there.
 
 Of class probabilities, with which label smoothing is computed too, the loss is sum_k q_k J(z, k): J of every class at
 once. With the logits behind the largest one, e_k = exp(z_k - z_top), their sum S = R + 1 (R without the largest) and
@@ -23,7 +24,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,70 +37,80 @@ BLOCK = 2**19  # logits on a CPU that are worked on at once: 2 MiB in fp32
 _AT_ONCE = 2**26  # class probabilities where it is not a CPU: a few of their size are needed beside them
 _KERNELS_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"  # as the tests of the kernels have it
 
-# From a context that saved the logits, the gradient of the losses before their mean, and whether what was kept may be
-# used up: the gradient of the logits.
-Finish = Callable[[Any, Tensor, bool], Tensor]
+
+class _Kept(NamedTuple):
+    """What a backward needs."""
+
+    finish: Callable[[Tensor, Tensor | None], Tensor]  # of what comes from above before the mean, and the logits
+    reads_logits: bool  # and can be used again; where it does not, what was kept is used up
 
 
 def by_hand(logits: Tensor, target: Tensor, *arguments) -> tuple[Tensor, Tensor | None]:
     """As `composed`, of the same arguments, where only the logits may require a gradient."""
     if logits.requires_grad and torch.is_grad_enabled():
-        return _ByHand.apply(logits, target, arguments)
+        ignored, log_beta, weight, *knobs = arguments
+        return _ByHand.apply(logits, target, weight, (ignored, log_beta), knobs)
     loss, cross_entropy, _, _ = _forward(logits, target, *arguments, keep=False)
     return loss, cross_entropy
 
 
 def is_eager() -> bool:
-    """Neither traced by the compiler nor transformed by `torch.func`."""
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    """Neither traced, by the compiler or `torch.jit`, nor transformed by `torch.func`."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
 
 
 class _ByHand(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, target: Tensor, arguments: tuple) -> tuple[Tensor, Tensor | None]:
-        loss, cross_entropy, ctx.divisor, ctx.finish = _forward(logits, target, *arguments, keep=True)
-        ctx.arguments, ctx.dtype = arguments, logits.dtype
-        ctx.save_for_backward(logits, target)
+    def forward(ctx, logits, target, weight, of_its_own, knobs) -> tuple[Tensor, Tensor | None]:
+        loss, cross_entropy, ctx.divisor, ctx.kept = _forward(logits, target, *of_its_own, weight, *knobs, keep=True)
+        ctx.of_its_own, ctx.knobs, ctx.dtype = of_its_own, knobs, logits.dtype
+        ctx.save_for_backward(logits, target, weight)
         if cross_entropy is not None:
             ctx.mark_non_differentiable(cross_entropy)
         return loss, cross_entropy
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _) -> tuple[Tensor, None, None]:
-        if torch.is_grad_enabled():  # a graph of the gradient is asked for
-            logits, target = ctx.saved_tensors
-            loss, _ = composed(logits, target, *ctx.arguments)
-            (gradient,) = torch.autograd.grad(loss, logits, grad, create_graph=True)
-            return gradient, None, None
-        last = not torch._C._functorch.is_legacy_batchedtensor(grad)  # of several at once, with is_grads_batched
-        finish = ctx.finish
-        if last:
-            ctx.finish = None
-        if finish is None:
-            _, _, _, finish = _forward(*ctx.saved_tensors, *ctx.arguments, keep=True)
-        if ctx.divisor is not None:
-            grad = grad / ctx.divisor
-        return finish(ctx, grad, last).to(ctx.dtype), None, None
+    def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+        kept, ctx.kept, logits = ctx.kept, None, None
+        once_more = torch.is_grad_enabled()  # a graph of the gradient is asked for
+        several = torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
+        if once_more or several:
+            logits, target, weight = ctx.saved_tensors
+            with torch.enable_grad():
+                # Not the logits themselves, whose hooks would run here and once more where this gradient goes.
+                logits = logits.view_as(logits)
+                loss, _ = composed(logits, target, *ctx.of_its_own, weight, *ctx.knobs)
+            gradient = torch.autograd.grad(loss, logits, grad, create_graph=once_more)
+            return *gradient, None, None, None, None
+        if kept is None or kept.reads_logits:
+            logits, target, weight = ctx.saved_tensors
+        if kept is None:
+            *_, kept = _forward(logits, target, *ctx.of_its_own, weight, *ctx.knobs, keep=True)
+        if kept.reads_logits:
+            ctx.kept = kept
+        grad = grad if ctx.divisor is None else grad / ctx.divisor
+        return kept.finish(grad, logits).to(ctx.dtype), None, None, None, None
 
 
 def _forward(
     logits, target, ignored, log_beta, weight, label_smoothing, reduction, return_cross_entropy, keep
-) -> tuple[Tensor, Tensor | None, Tensor | int | None, Finish | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | int | None, _Kept | None]:
     if ignored is None or label_smoothing > 0:
-        loss, cross_entropy, finish = _of_probabilities(
+        loss, cross_entropy, kept = _of_probabilities(
             logits, target, ignored, log_beta, weight, label_smoothing, return_cross_entropy, keep
         )
     else:
-        gap, finish = _of_indices(logits, target, ignored, log_beta, weight, keep)
+        of_weight = None if weight is None else of_class(weight, target)
+        gap, kept = _of_indices(logits, target, ignored, log_beta, of_weight, keep)
         loss = log_add(gap, of_class(log_beta, target))
         if weight is not None:
-            loss = loss * of_class(weight, target)
+            loss = loss * of_weight
         cross_entropy = F.softplus(gap, threshold=40) if return_cross_entropy else None
     loss, cross_entropy, divisor = reduced(loss, cross_entropy, target, ignored, weight, reduction)
-    return as_result(loss, logits, target), as_result(cross_entropy, logits, target), divisor, finish
+    return as_result(loss, logits, target), as_result(cross_entropy, logits, target), divisor, kept
 
 
-def _of_indices(logits, index, ignored, log_beta, weight, keep) -> tuple[Tensor, Finish | None]:
+def _of_indices(logits, index, ignored, log_beta, of_weight, keep) -> tuple[Tensor, _Kept | None]:
     rows = _rows_for_kernel(logits)
     if rows is not None:
         gap, top, total = _kernels().row_numbers(rows, index.reshape(-1))
@@ -113,45 +124,42 @@ def _of_indices(logits, index, ignored, log_beta, weight, keep) -> tuple[Tensor,
             totals.append(total)
         gap, total = _joined(gaps), _joined(totals)
 
-    def finish(ctx, grad: Tensor, last: bool) -> Tensor:
+    def finish(grad: Tensor, logits: Tensor | None) -> Tensor:
         slope = (gap - of_class(log_beta, index)).sigmoid() * grad  # dJ / dgap
-        slope = (slope if weight is None else slope * of_class(weight, index)).masked_fill(ignored, 0.0)
+        slope = (slope if of_weight is None else slope * of_weight).masked_fill(ignored, 0.0)
         if shares is None:
-            logits, _ = ctx.saved_tensors
-            rows = _kernels().as_rows(logits)
+            rows = _rows(logits)
             out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
             _kernels().write_gradient(rows, index.reshape(-1), slope.reshape(-1), top, total, out)
             return _as_logits(out, logits)
-        scale = (slope / total).to(shares.dtype).unsqueeze(1)
-        gradient = shares.mul_(scale) if last else shares * scale
-        of_target = -slope.to(shares.dtype).unsqueeze(1)
-        return (gradient.scatter_ if last else gradient.scatter)(1, index.unsqueeze(1), of_target)
+        shares.mul_((slope / total).to(shares.dtype).unsqueeze(1))
+        return shares.scatter_(1, index.unsqueeze(1), -slope.to(shares.dtype).unsqueeze(1))
 
-    return gap, finish if keep else None
+    return gap, _Kept(finish, shares is None) if keep else None
 
 
 def _of_probabilities(
-    logits, target, ignored, log_beta, weight, label_smoothing, return_cross_entropy, keep, out=None
-) -> tuple[Tensor, Tensor | None, Finish | None]:
-    """``out``: where the gradient of every sample's loss is written; it may be the logits."""
+    logits, target, ignored, log_beta, weight, label_smoothing, return_cross_entropy, keep, in_place=False
+) -> tuple[Tensor, Tensor | None, _Kept | None]:
+    """``in_place``: of class indices, and the gradient of every sample's loss takes the place of the logits."""
     soft = ignored is None
     kernel = _kernel_of_probabilities(logits, target, soft, log_beta, weight, label_smoothing)
     if kernel is not None:
-        return _by_kernel(kernel, logits, ignored, return_cross_entropy, keep, out)
+        return _by_kernel(kernel, logits, ignored, return_cross_entropy, keep, in_place)
     dtype = torch.promote_types(compute_dtype(logits), target.dtype) if soft else compute_dtype(logits)
     per_class = (-1, *[1] * (logits.dim() - 2))
     weight = None if weight is None else weight.to(dtype).reshape(per_class)
     beta_less_one = log_beta.expm1().to(dtype)
     beta_less_one = beta_less_one.reshape(per_class) if log_beta.dim() else beta_less_one
-    if keep and out is None:
-        out = torch.empty_like(logits, dtype=dtype)
+    out = logits if in_place else torch.empty_like(logits, dtype=dtype) if keep else None
     losses, cross_entropies, rows = [], [], row_dtype(logits.device)
     for z, of_target, of_part in _blocks(logits, target if soft else target.unsqueeze(1), out, at_once=_AT_ONCE):
         z = z.to(dtype)
         top, of_top = z.max(1, keepdim=True)
-        behind = z - top.masked_fill(top == -torch.inf, 0.0)
+        top = top.masked_fill(top == -torch.inf, 0.0)
+        behind = z - top
         e = behind.exp().scatter_(1, of_top, 0.0)
-        rest = e.sum(1, keepdim=True)
+        rest = e.sum(1, keepdim=True) + (top - top)  # NaN where the largest logit is inf or NaN
 
         if soft:
             q = of_target.to(dtype)
@@ -182,13 +190,13 @@ def _of_probabilities(
             of_others = weighted_sum(q, of_others)
         losses.append(of_others + (q_of_top * rest_and_beta.log()).squeeze(1))
 
-    def finish(ctx, grad: Tensor, last: bool) -> Tensor:
+    def finish(grad: Tensor, _) -> Tensor:
         if not soft:
             grad = grad.expand(ignored.shape).masked_fill(ignored, 0.0)
-        grad = grad.to(dtype).unsqueeze(1) if grad.dim() else grad.to(dtype)
-        return out.mul_(grad) if last else out * grad
+        return out.mul_(grad.to(dtype).unsqueeze(1) if grad.dim() else grad.to(dtype))
 
-    return _joined(losses), _joined(cross_entropies) if return_cross_entropy else None, finish if keep else None
+    kept = _Kept(finish, False) if keep else None
+    return _joined(losses), _joined(cross_entropies) if return_cross_entropy else None, kept
 
 
 def _kernel_of_probabilities(logits, target, soft, log_beta, weight, label_smoothing):
@@ -200,21 +208,20 @@ def _kernel_of_probabilities(logits, target, soft, log_beta, weight, label_smoot
     return _kernels().OfProbabilities(rows, target, log_beta, weight, label_smoothing)
 
 
-def _by_kernel(kernel, logits, ignored, return_cross_entropy, keep, out) -> tuple[Tensor, Tensor | None, Finish | None]:
+def _by_kernel(kernel, logits, ignored, return_cross_entropy, keep, in_place):
     shape = logits[:, 0].shape
 
-    def finish(ctx, grad: Tensor, last: bool) -> Tensor:
-        logits, _ = ctx.saved_tensors
-        rows = _kernels().as_rows(logits)
+    def finish(grad: Tensor, logits: Tensor) -> Tensor:
+        rows = _rows(logits)
         grad = grad.expand(shape)
         grad = grad if ignored is None else grad.masked_fill(ignored, 0.0)
         gradient = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
         return _as_logits(kernel.write_gradient(rows, grad.reshape(-1), gradient), logits)
 
-    if out is not None:
-        kernel.write_gradient(out, (~ignored).reshape(-1), out)
+    if in_place:
+        kernel.write_gradient(logits, ~ignored, out=logits)
     cross_entropy = kernel.cross_entropy().reshape(shape) if return_cross_entropy else None
-    return kernel.loss.reshape(shape), cross_entropy, finish if keep else None
+    return kernel.loss.reshape(shape), cross_entropy, _Kept(finish, True) if keep else None
 
 
 def gradient_in_place(
@@ -237,7 +244,7 @@ def gradient_in_place(
     """
     if label_smoothing > 0:
         loss, cross_entropy, _ = _of_probabilities(
-            logits, index, ignored, log_beta, weight, label_smoothing, True, False, out=logits
+            logits, index, ignored, log_beta, weight, label_smoothing, True, False, in_place=True
         )
         logits.masked_fill_(ignored.unsqueeze(1), 0.0)
         return reduced(loss, cross_entropy, index, ignored, weight, "none")[:2]
@@ -280,6 +287,12 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def _rows(logits: Tensor) -> Tensor:
+    """(N * ..., C) of logits that a kernel has worked on; hooks of saved tensors may have brought other strides."""
+    rows = _kernels().as_rows(logits)
+    return logits.movedim(1, -1).reshape(-1, logits.shape[1]).contiguous() if rows is None else rows
+
+
 def _as_logits(rows: Tensor, logits: Tensor) -> Tensor:
     """(N * ..., C) in the shape (N, C, ...) of the logits."""
     moved = logits.movedim(1, -1)
@@ -288,6 +301,8 @@ def _as_logits(rows: Tensor, logits: Tensor) -> Tensor:
 
 def _rows_for_kernel(logits: Tensor) -> Tensor | None:
     """The logits as (N, C) where the Triton kernels can work on them: on a GPU, where Triton is installed."""
+    if torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return None  # which would not see what a kernel writes
     if (logits.is_cuda or _KERNELS_ON_CPU) and (kernels := _kernels()) is not None:
         return kernels.as_rows(logits)
     return None

@@ -61,7 +61,8 @@ def target_gap(logits: Tensor, target: Tensor) -> Tensor:
 
     Returns:
         The shape of ``target``, in fp64 (fp32 on devices without it). ``sigmoid(-gap)`` is the target's probability.
-        About the lowest fp32 number where no other class has a finite logit, +inf where the target's logit is -inf.
+        About the lowest fp32 number where no other class has a finite logit, +inf where the target's logit is -inf, and
+        NaN where it is +inf.
     """
     if is_distributed(logits):
         from . import sharded
@@ -78,13 +79,18 @@ def gap_of_block(logits: Tensor, index: Tensor, out: Tensor | None = None) -> tu
         out: for the shares, in at least fp32; it may be the logits themselves.
     """
     rows = row_dtype(logits.device)
-    of_target = logits.gather(1, index).squeeze(1)
+    of_target = not_infinite(logits.gather(1, index).squeeze(1))
     others = _others(logits, index)
     shares = others.softmax(1) if out is None else torch.softmax(others, 1, out=out)
     top, largest, total = others.amax(1), shares.amax(1), shares.sum(1)
     # The largest share is exp(0) / (the sum of all exp(z_i - top), as the softmax has it). Where that sum lacks
     # digits, over a vocabulary in fp32, the shares do not add up to 1: by just that factor.
     return top.to(rows) - of_target + (total / largest).to(rows).log(), shares, total
+
+
+def not_infinite(of_target: Tensor) -> Tensor:
+    """NaN in place of +inf, as of ``F.cross_entropy``: a head that overflows must not look like one that is certain."""
+    return of_target.masked_fill(of_target == torch.inf, torch.nan)
 
 
 def _others(logits: Tensor, index: Tensor) -> Tensor:

@@ -131,6 +131,12 @@ class GradientDecayMixin:
                 "context and sequence parallelism split the labels before the loss sees them; set cp_size and sp_size "
                 "to 1"
             )
+        if not self.label_names:
+            raise ValueError(
+                f"{type(self.model).__name__} takes no labels: load the model with a head (AutoModelForCausalLM, "
+                "AutoModelForSequenceClassification, ...), or name the label column with label_names=['labels'] in the "
+                "training arguments"
+            )
         if len(self.label_names) != 1:
             raise ValueError(
                 f"the gradient-decay loss needs exactly one label column, this model has {self.label_names}; name it "

@@ -5,6 +5,8 @@ The logits are made, used and forgotten a few rows at a time; the maths is that 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -80,18 +82,22 @@ def linear_gradient_decay_cross_entropy(
     check(logits, target, beta, weight, ignore_index, reduction, label_smoothing, False)
 
     kind = input.device.type
-    if torch.is_autocast_enabled(kind):  # once, and not in every chunk
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if autocast and input.dtype != torch.float64:  # once, and not in every chunk
         dtype = torch.get_autocast_dtype(kind)
         input, linear_weight = input.to(dtype), linear_weight.to(dtype)
         linear_bias = None if linear_bias is None else linear_bias.to(dtype)
+    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise ValueError(f"{name} must have the dtype of input, {input.dtype}, got {tensor.dtype}")
     target = target.long()  # before the comparison: in uint8, -100 is class 156
     ignored = target == ignore_index
     index = target.masked_fill(ignored, 0)
-    arguments = (index, ignored, log_of_beta(beta, input.device), weight, label_smoothing)
+    arguments = (index, ignored, log_of_beta(beta, input.device), label_smoothing)
     # In fp16 gradients need the scale that comes with the backward, so that the smallest are not rounded to 0.
     way = _Rows if reduction == "none" or input.dtype == torch.float16 else _Sum
-    with torch.autocast(kind, enabled=False):
-        loss, cross_entropy = way.apply(input, linear_weight, linear_bias, arguments, reduction)
+    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+        loss, cross_entropy = way.apply(input, linear_weight, linear_bias, weight, arguments, reduction)
         if way is _Rows:
             loss, cross_entropy, _ = reduced(loss, cross_entropy, index, ignored, weight, reduction)
     dtype = compute_dtype(input)
@@ -105,15 +111,13 @@ class _Sum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, linear_weight, linear_bias, arguments, reduction):
-        ctx.arguments, ctx.reduction = arguments, reduction
-        ctx.save_for_backward(input, linear_weight, linear_bias)
-        kept = _Gradients(input, linear_weight, linear_bias, ctx.needs_input_grad[:3])
-        losses, cross_entropies = _of_chunks(kept, arguments)
-        ctx.kept = kept
-        loss, cross_entropy, ctx.divisor = reduced(
-            losses, cross_entropies, arguments[0], arguments[1], arguments[3], reduction
-        )
+    def forward(ctx, input, linear_weight, linear_bias, weight, arguments, reduction):
+        ctx.arguments = arguments
+        ctx.save_for_backward(input, linear_weight, linear_bias, weight)
+        ctx.kept = _Gradients((input, linear_weight, linear_bias), ctx.needs_input_grad)
+        losses, cross_entropies = _of_chunks(input, linear_weight, linear_bias, weight, arguments, ctx.kept)
+        index, ignored, *_ = arguments
+        loss, cross_entropy, ctx.divisor = reduced(losses, cross_entropies, index, ignored, weight, reduction)
         ctx.mark_non_differentiable(cross_entropy)
         return loss, cross_entropy
 
@@ -122,32 +126,32 @@ class _Sum(torch.autograd.Function):
         _refuse_second_derivative()
         kept, ctx.kept = ctx.kept, None
         if kept is None:
-            kept = _Gradients(*ctx.saved_tensors, ctx.needs_input_grad[:3])
-            _of_chunks(kept, ctx.arguments)
+            kept = _Gradients(ctx.saved_tensors[:3], ctx.needs_input_grad)
+            _of_chunks(*ctx.saved_tensors, ctx.arguments, kept)
         if ctx.divisor is not None:
             # The mean of no row is 0 / 0, and its gradient 0: as F.cross_entropy.
-            grad = grad / ctx.divisor.masked_fill(ctx.divisor == 0, 1)
-        return *kept.result(grad), None, None
+            grad = (grad / ctx.divisor).masked_fill(ctx.arguments[1].all(), 0.0)
+        return *kept.result(grad), None, None, None
 
 
 class _Rows(torch.autograd.Function):
     """A loss per row: its gradient waits for what comes from above, and the logits are made again."""
 
     @staticmethod
-    def forward(ctx, input, linear_weight, linear_bias, arguments, _):
+    def forward(ctx, input, linear_weight, linear_bias, weight, arguments, _):
         ctx.arguments = arguments
-        ctx.save_for_backward(input, linear_weight, linear_bias)
-        nothing = _Gradients(input, linear_weight, linear_bias, (False,) * 3)
-        loss, cross_entropy = _of_chunks(nothing, arguments)
+        ctx.save_for_backward(input, linear_weight, linear_bias, weight)
+        loss, cross_entropy = _of_chunks(input, linear_weight, linear_bias, weight, arguments, None)
         ctx.mark_non_differentiable(cross_entropy)
         return loss, cross_entropy
 
     @staticmethod
     def backward(ctx, grad, _):
         _refuse_second_derivative()
-        grads = _Gradients(*ctx.saved_tensors, ctx.needs_input_grad[:3])
-        _of_chunks(grads, ctx.arguments, grad)
-        return *grads.result(), None, None
+        saved = ctx.saved_tensors
+        grads = _Gradients(saved[:3], ctx.needs_input_grad)
+        _of_chunks(*saved, ctx.arguments, grads, grad)
+        return *grads.result(), None, None, None
 
 
 def _refuse_second_derivative() -> None:
@@ -159,27 +163,31 @@ def _refuse_second_derivative() -> None:
         )
 
 
-def _of_chunks(grads: _Gradients, arguments: tuple, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _of_chunks(
+    input, linear_weight, linear_bias, weight, arguments, grads: _Gradients | None, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Loss and plain cross-entropy of every row; the gradients are added up, those of a row times its ``factor``."""
-    input, linear_weight, linear_bias = grads.head
-    index, ignored, *knobs = arguments
-    rows = row_dtype(input.device)
+    index, ignored, log_beta, label_smoothing = arguments
+    knobs = (log_beta, weight, label_smoothing)
+    rows, needed = row_dtype(input.device), grads is not None and grads.needed
     loss, cross_entropy = torch.empty(2, len(input), dtype=rows, device=input.device)
     at_once = max(1, _LOGITS_AT_ONCE // max(1, len(linear_weight)))
     # Every chunk in the same place: fresh memory, page by page, costs as much time as its matrix multiplication.
     # Its rows begin at multiples of 32 numbers: with 50,257 classes side by side that takes half as long again.
     num_classes = len(linear_weight)
     made = input.new_empty(min(at_once, len(input)), -(-num_classes // 32) * 32)[:, :num_classes]
-    same = not grads.needed or made.dtype == compute_dtype(made)
+    same = not needed or made.dtype == compute_dtype(made)
     exact = made if same else torch.empty_like(made, dtype=compute_dtype(made))
     for start in range(0, len(input), at_once):
         part = slice(start, start + at_once)
         of_part = index[part], ignored[part], *knobs
         logits = _linear(input[part], linear_weight, linear_bias, made[: len(index[part])])
-        if grads.needed:
+        if needed:
             logits = logits if same else exact[: len(logits)].copy_(logits)
             loss[part], cross_entropy[part] = gradient_in_place(logits, *of_part)
-            grads.add(part, logits if factor is None else logits.mul_(factor[part].unsqueeze(1)))
+            grads.add(
+                part, input[part], linear_weight, logits if factor is None else logits.mul_(factor[part].unsqueeze(1))
+            )
         else:
             loss[part], cross_entropy[part] = by_hand(logits, *of_part, "none", True)
     return loss, cross_entropy
@@ -196,16 +204,14 @@ class _Gradients:
     What is added up over the chunks, of weight and bias, is so in fp32 at least: bf16 would lose digits.
     """
 
-    def __init__(self, input, linear_weight, linear_bias, needed) -> None:
-        self.head, self.needed = (input, linear_weight, linear_bias), any(needed)
-        exact = compute_dtype(input)
+    def __init__(self, head: tuple[Tensor | None, ...], needed: tuple[bool, ...]) -> None:
+        self.needed, self.dtypes = any(needed[:3]), [None if tensor is None else tensor.dtype for tensor in head]
         self.tensors = [
-            torch.zeros_like(tensor, dtype=exact) if need else None
-            for tensor, need in zip(self.head, needed, strict=True)
+            torch.zeros_like(tensor, dtype=compute_dtype(tensor)) if need else None
+            for tensor, need in zip(head, needed, strict=False)
         ]
 
-    def add(self, rows: slice, grad_logits: Tensor) -> None:
-        input, linear_weight, _ = self.head
+    def add(self, rows: slice, input: Tensor, linear_weight: Tensor, grad_logits: Tensor) -> None:
         of_input, of_weight, of_bias = self.tensors
         if of_bias is not None:
             of_bias += grad_logits.sum(0)
@@ -213,13 +219,13 @@ class _Gradients:
         if of_input is not None:
             of_input[rows] = torch.mm(grad_logits, linear_weight)
         if of_weight is not None and of_weight.dtype == grad_logits.dtype:
-            of_weight.addmm_(grad_logits.t(), input[rows])
+            of_weight.addmm_(grad_logits.t(), input)
         elif of_weight is not None:
-            of_weight += torch.mm(grad_logits.t(), input[rows])
+            of_weight += torch.mm(grad_logits.t(), input)
 
     def result(self, factor: Tensor | None = None) -> list[Tensor | None]:
         """The gradients, which are given away."""
         return [
-            None if tensor is None else (tensor if factor is None else tensor.mul_(factor)).to(of.dtype)
-            for tensor, of in zip(self.tensors, self.head, strict=True)
+            None if tensor is None else (tensor if factor is None else tensor.mul_(factor)).to(dtype)
+            for tensor, dtype in zip(self.tensors, self.dtypes, strict=True)
         ]

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .gap import compute_dtype, of_class, row_dtype
+from .gap import compute_dtype, not_infinite, of_class, row_dtype
 
 
 def target_gap(logits: Tensor, target: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class _TargetGap(torch.autograd.Function):
         here = (index >= 0) & (index < logits.shape[1])
         index = index.masked_fill(~here, 0)  # where the target is elsewhere, any class, which is put back
         others = logits.to(compute_dtype(logits))
-        of_target = others.gather(1, index)
+        of_target = not_infinite(others.gather(1, index))
         others = others.scatter(1, index, of_target.masked_fill(here, torch.finfo(others.dtype).min))
 
         top = others.amax(1, keepdim=True)

@@ -58,7 +58,8 @@ def _forward(
     sum_of_row = tl.sum(sums * _exp(highest - of_row), 0)
     tl.store(top + row, of_row)
     tl.store(total + row, sum_of_row)
-    behind = of_row.to(tl.float64) - tl.load(of_target + row).to(tl.float64)
+    z = tl.load(of_target + row).to(tl.float64)
+    behind = of_row.to(tl.float64) - tl.where(z == float("inf"), float("nan"), z)  # as in `gap.gap_of_block`
     tl.store(gap + row, behind + tl.log(sum_of_row.to(tl.float64)))
 
 
@@ -136,7 +137,8 @@ def _forward_probabilities(
     for start in range(0, num_classes, BLOCK):
         classes = start + lanes
         z = tl.load(logits + classes, mask=classes < num_classes, other=float("-inf")).to(tl.float32)
-        sums += tl.where(classes == largest, 0.0, _exp(z - top))
+        at_top = tl.where(z == float("-inf"), 0.0, z - top)  # 0; NaN of a logit that is inf or NaN
+        sums += tl.where(classes == largest, at_top, _exp(z - top))
     rest = tl.sum(sums, 0)
 
     q_of_top = tl.zeros([BLOCK], tl.float32)
@@ -202,6 +204,8 @@ def _backward_probabilities(
 
 class OfProbabilities:
     """The loss of class probabilities, or of class indices with label smoothing, of the rows of logits.
+
+    It keeps what it is given but for the logits; of probabilities whose classes do not lie side by side, a copy.
 
     Args:
         logits: what `as_rows` made of them.
@@ -294,6 +298,8 @@ def _works(device: torch.device) -> bool:
         logits, index = torch.zeros(1, 2, device=device), torch.zeros(1, dtype=torch.int64, device=device)
         _, top, total = row_numbers(logits, index)
         write_gradient(logits, index, total.double(), top, total, torch.empty_like(logits))
+        of_probabilities = OfProbabilities(logits, index, total[0].double(), None, 0.1)
+        of_probabilities.write_gradient(logits, total, torch.empty_like(logits))
     except Exception as error:  # whatever a compiler and a driver raise
         reason = str(error).strip().splitlines() or [""]
         warnings.warn(

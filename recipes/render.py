@@ -157,7 +157,7 @@ def bench() -> dict[str, str]:
             cells = []
             for case, ratios in zip(cases, found, strict=True):
                 low, median, high = ratios[name]
-                mib = peak_in_mib(name, case["routes"][name])
+                mib = peak_in_mib(case["routes"][name])
                 mib = f", {mib} MiB" if mib else ""
                 cells.append(f"{median:.2f} ({low:.2f} to {high:.2f}){mib}")
             rows.append([name, *cells])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import exact, reference, relative_error
@@ -865,15 +866,83 @@ def test_by_hand_as_composed(shape, soft, smoothing, reduction, beta, weight, mo
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_several_gradients_at_once(reduction, soft):
-    """As torch makes them for a Jacobian: the backward is vectorised, and what was kept is used more than once."""
+    """As torch makes them for a Jacobian: the backward is vectorised, by either of its means."""
     logits, target = make((6, 5), soft=soft)
     logits.requires_grad_()
     loss = gradient_decay_cross_entropy(logits, target, 0.1, reduction=reduction)
     several = torch.randn(3, *loss.shape, dtype=loss.dtype)
     (at_once,) = torch.autograd.grad(loss, logits, several, retain_graph=True, is_grads_batched=True)
+    mapped = torch.vmap(lambda one: torch.autograd.grad(loss, logits, one, retain_graph=True)[0])(several)
     one_by_one = [torch.autograd.grad(loss, logits, one, retain_graph=True)[0] for one in several]
     torch.testing.assert_close(at_once, torch.stack(one_by_one))
+    torch.testing.assert_close(mapped, at_once)
     assert at_once[0].abs().max() > 1e-3 and not torch.allclose(at_once[0], at_once[1])
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_hooks_run_once(create_graph):
+    """Of the logits, whichever way the backward goes."""
+    gradients = {}
+    for loss in (gradient_decay_cross_entropy, F.cross_entropy):
+        x, target = make((6, 5))
+        x.requires_grad_()
+        logits = x * 1
+        logits.register_hook(lambda gradient: 2 * gradient)
+        logits.retain_grad()
+        (gradient,) = torch.autograd.grad(loss(logits, target), x, create_graph=create_graph)
+        gradients[loss] = (gradient.detach(), logits.grad)
+    torch.testing.assert_close(*gradients.values())
+    assert gradient.abs().max() > 1e-2
+
+
+def test_weights_that_change_before_the_backward():
+    """What the loss was made with counts, or a further backward is refused as torch refuses it."""
+    logits, target = make((6, 5))
+    weight = WEIGHT.clone()
+    logits.requires_grad_()
+    loss = gradient_decay_cross_entropy(logits, target, 0.1, weight)
+    (wanted,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    again = gradient_decay_cross_entropy(logits, target, 0.1, weight)
+    weight.mul_(torch.arange(1.0, 6.0))
+    assert torch.equal(torch.autograd.grad(again, logits, retain_graph=True)[0], wanted)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(again, logits)
+    changed = torch.autograd.grad(gradient_decay_cross_entropy(logits, target, 0.1, weight), logits)[0]
+    assert (changed - wanted).abs().max() > 1e-3
+
+
+def test_logits_that_change_before_the_backward():
+    x, target = make((6, 5))
+    x.requires_grad_()
+    logits = x * 1
+    wanted = torch.autograd.grad(gradient_decay_cross_entropy(x, target, 0.1), x)[0]
+    loss = gradient_decay_cross_entropy(logits, target, 0.1)
+    logits.detach().mul_(2)
+    assert torch.equal(torch.autograd.grad(loss, x)[0], wanted)
+
+
+@pytest.mark.parametrize("variant", ["index", "smoothed", "soft"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("place", [0, 1])
+def test_logits_that_overflow_are_seen(place, value, variant):
+    """As by ``F.cross_entropy``: an infinite or missing logit, of the target too, is no loss of 0."""
+    soft, kwargs = VARIANTS[variant]
+    logits = torch.zeros(1, 5)
+    logits[0, place] = value
+    target = torch.eye(5)[:1] if soft else torch.tensor([0])
+    for loss in (gradient_decay_cross_entropy, F.cross_entropy):
+        got, gradient = value_and_grad(loss, logits, target, **kwargs)
+        assert got.isnan().all() and gradient.isnan().any(), loss
+
+
+@pytest.mark.parametrize("variant", ["index", "smoothed", "soft"])
+def test_inside_a_checkpoint(variant):
+    logits, target, loss = variant_call(variant)
+    logits.requires_grad_()
+    inside = torch.utils.checkpoint.checkpoint(lambda z: loss(2 * z, target, 0.1), logits, use_reentrant=False)
+    (wanted,) = torch.autograd.grad(loss(2 * logits, target, 0.1), logits)
+    for _ in range(2):
+        assert torch.equal(torch.autograd.grad(inside, logits, retain_graph=True)[0], wanted)
 
 
 @variants

@@ -216,6 +216,7 @@ BAD = {
     "bias": (dict(linear_bias=torch.randn(C + 1)), r"linear_bias must have shape \(23,\)"),
     "target": (dict(target=torch.zeros(N, C)), r"target must have shape \(37,\)"),
     "beta with a gradient": (dict(beta=torch.tensor(1.0, requires_grad=True)), "beta requires grad"),
+    "another dtype": (dict(linear_weight=torch.randn(C, D).bfloat16()), "linear_weight must have the dtype of input"),
     "weight with a gradient": (dict(weight=torch.ones(C, requires_grad=True)), "weight requires grad"),
     "beta": (dict(beta=-1.0), "beta must be positive"),
     "beta of other classes": (dict(beta=torch.ones(C + 1)), "one value per class"),
@@ -316,18 +317,60 @@ def test_fp16_gradients_have_the_scale_of_the_backward():
     assert (unscaled == 0).float().mean() > 0.05  # the control: a row's share of the mean is nothing in fp16
 
 
-def test_a_bf16_gradient_is_rounded_once():
-    """Scaled in fp32: a factor beyond 2**8 that is no power of 2 is not bf16's own."""
+def test_a_bf16_gradient_is_rounded_once(monkeypatch):
+    """Scaled in fp32, by a factor that is no number of bf16's."""
     tensors, target = problem(torch.bfloat16)
+    exact, original = [], linear._Gradients.result
+    monkeypatch.setattr(
+        linear._Gradients,
+        "result",
+        lambda self, factor: exact.extend(tensor.clone() for tensor in self.tensors) or original(self, factor),
+    )
+    factor = 1 + 2.0**-8
     got = with_gradients(
         lambda *head: linear_gradient_decay_cross_entropy(*head[:2], target, 0.1, head[2], reduction="sum"),
         tensors,
-        lambda loss: torch.full_like(loss, 1.00390625),
+        lambda loss: torch.full_like(loss, factor),
     )
-    plain = with_gradients(
-        lambda *head: linear_gradient_decay_cross_entropy(*head[:2], target, 0.1, head[2], reduction="sum"),
+    for one, tensor in zip(got[1:], exact, strict=True):
+        assert tensor.dtype == torch.float32 and torch.equal(one, (tensor * factor).bfloat16())
+    assert not torch.equal(got[2], exact[1].bfloat16() * torch.tensor(factor).bfloat16())
+
+
+def test_fp64_stays_under_autocast():
+    tensors, target = problem(torch.float64)
+    expected = linear_gradient_decay_cross_entropy(*tensors[:2], target, 0.1, tensors[2])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear_gradient_decay_cross_entropy(*tensors[:2], target, 0.1, tensors[2])
+    assert got.dtype == torch.float64 and torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_meta_tensors(reduction):
+    (input, linear_weight, _), target = problem()
+    loss = linear_gradient_decay_cross_entropy(
+        input.to("meta"), linear_weight.to("meta"), target.to("meta"), 0.1, reduction=reduction
+    )
+    assert loss.device.type == "meta" and loss.shape == ((N,) if reduction == "none" else ())
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_weights_that_change_before_a_further_backward(reduction):
+    tensors, target = problem()
+    input, weight = tensors[0].clone().requires_grad_(), torch.linspace(0.5, 2.0, C)
+    loss = linear_gradient_decay_cross_entropy(input, tensors[1], target, 0.1, weight=weight, reduction=reduction)
+    loss.sum().backward(retain_graph=True)
+    weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
+
+
+def test_weights_of_zero():
+    """NaN, as of ``F.cross_entropy``; not the 0 of a batch that has no target."""
+    tensors, target = problem()
+    got = with_gradients(
+        lambda *head: linear_gradient_decay_cross_entropy(*head[:2], target, 0.1, head[2], torch.zeros(C)),
         tensors,
         None,
     )
-    assert torch.equal(torch.tensor(1.00390625).bfloat16(), torch.tensor(1.0).bfloat16())
-    assert not torch.equal(got[2], plain[2])
+    assert all(tensor.isnan().any() for tensor in got)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 import triton
 import triton.language as tl
 from reference import exact, reference, relative_error
@@ -327,6 +328,55 @@ def test_second_derivative():
         results.append(torch.autograd.grad(grad.square().sum(), z)[0].double())
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-8)
     assert results[0].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_ways_through_autograd(smoothing, launches):
+    """Tensors that come back from hooks in another layout, a checkpoint, several gradients at once, a trace."""
+    _, target = random(6, 30)
+    x = torch.randn(2, 3, 30, requires_grad=True)
+
+    def loss(x):
+        return gradient_decay_cross_entropy(x.movedim(-1, 1), target.view(2, 3), 0.1, label_smoothing=smoothing)
+
+    (wanted,) = torch.autograd.grad(loss(x), x)
+    assert len(launches) == 2 and wanted.abs().max() > 1e-3
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.detach().clone(memory_format=torch.contiguous_format), lambda t: t
+    ):
+        kept = loss(x)
+    assert torch.equal(torch.autograd.grad(kept, x)[0], wanted)
+
+    inside = torch.utils.checkpoint.checkpoint(lambda x: loss(1 * x), x, use_reentrant=False)
+    launches.clear()
+    for _ in range(2):
+        assert torch.equal(torch.autograd.grad(inside, x, retain_graph=True)[0], wanted)
+    assert len(launches) == 4  # of each backward: the forward again, which is the checkpoint's, and its own
+
+    value = loss(x)
+    both = torch.tensor([1.0, 2.0])
+    (at_once,) = torch.autograd.grad(value, x, both, retain_graph=True, is_grads_batched=True)
+    mapped = torch.vmap(lambda one: torch.autograd.grad(value, x, one, retain_graph=True)[0])(both)
+    for several in (at_once, mapped):
+        torch.testing.assert_close(several, torch.stack([wanted, 2 * wanted]), rtol=1e-5, atol=1e-8)
+    launches.clear()
+    traced = torch.jit.trace(loss, x)
+    torch.testing.assert_close(traced(2 * x), loss(2 * x))
+    assert len(launches) == 1  # of the loss itself
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("num_classes", [2, 8, 5000])
+@pytest.mark.parametrize("kind", ["index", "smoothed", "soft"])
+def test_logits_that_overflow_are_seen(kind, num_classes, place, value, launches):
+    logits = torch.zeros(1, num_classes)
+    logits[0, place] = value
+    target = torch.eye(num_classes)[:1] if kind == "soft" else torch.tensor([0])
+    logits.requires_grad_()
+    loss = gradient_decay_cross_entropy(logits, target, 0.1, label_smoothing=0.1 * (kind == "smoothed"))
+    loss.backward()
+    assert loss.isnan() and logits.grad.isnan().any() and len(launches) == 2
 
 
 def test_transforms_and_graphs_go_the_plain_way(launches):
