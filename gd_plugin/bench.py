@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .bench_routes import BETA, DRAWN, OURS, Case, Step
+from .bench_routes import BETA, DRAWN, OURS, ROUTES, Case, Step
 from .parser import Parser
 from .plots import COLOURS, save
 from .record import environment, json_text, write_json
@@ -180,7 +180,7 @@ def plot_classes(result: dict, path: Path) -> None:
         if known:
             panels[1].loglog(*zip(*known, strict=True), "o-", color=colour, label=name)
     panels[0].set(xlabel="classes", ylabel="ms, forward and backward", title=f"Time of {ROWS} rows")
-    panels[1].set(xlabel="classes", ylabel="MiB beyond the logits", title="Peak memory")
+    panels[1].set(xlabel="classes", ylabel="MiB beyond the logits", title=f"Peak memory of {ROWS} rows (no point: 0)")
     panels[0].legend()
     for panel in panels:
         panel.grid(alpha=0.3)
@@ -192,9 +192,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m gd_plugin.bench",
         description="Times the loss beside its peers, interleaved in one run; prints a table of ratios after every "
-        "comparison, and writes bench.json (seconds of every round, bytes) and classes.png. About 20 minutes on two CPU "
-        "cores.",
+        "comparison, and writes bench.json (seconds of every round, bytes) and classes.png. About 20 minutes on two "
+        "CPU cores.",
     )
+    names = list(dict.fromkeys(name for routes in ROUTES.values() for name in routes))
     parser.add_argument("--output_dir", type=Path, default=Path("bench"), help="default: bench")
     parser.add_argument(
         "--parts",
@@ -202,9 +203,17 @@ def main(argv: list[str] | None = None) -> int:
         choices=PARTS,
         default=PARTS,
         help="default: all of them. logits: of "
-        f"{' and '.join('x'.join(map(str, shape)) for shape in SHAPES)} numbers (5 minutes); smoothing: with "
+        f"{', '.join('x'.join(map(str, shape)) for shape in SHAPES)} numbers (8 minutes); smoothing: with "
         "label smoothing (1); linear: from a head's input (2); model: a step of a Llama with 128,256 "
         "tokens (2); classes: from 10 to a million (4); step: training steps of a ResNet and a BERT (4)",
+    )
+    parser.add_argument(
+        "--routes",
+        nargs="+",
+        choices=names,
+        metavar="ROUTE",
+        default=(),
+        help=f"of the tables, besides their baselines; default: all of them, {', '.join(map(repr, names))}",
     )
     parser.add_argument(
         "--rounds",
@@ -243,7 +252,7 @@ def run(options, console: Console) -> dict:
     device = options.device
     dtype = getattr(torch, options.dtype or ("float32" if device == "cpu" else "bfloat16"))
     cases = [
-        Case(part, shape, dtype, device)
+        Case(part, shape, dtype, device, tuple(options.routes))
         for part, shapes in (
             ("logits", SHAPES if device == "cpu" else GPU_SHAPES),
             ("smoothing", SHAPES[2:3]),

@@ -13,7 +13,7 @@ from torch import Tensor
 from .functional import gradient_decay_cross_entropy
 from .linear import linear_gradient_decay_cross_entropy
 
-__all__ = ["BETA", "DRAWN", "OURS", "Case", "Step"]
+__all__ = ["BETA", "DRAWN", "OURS", "ROUTES", "Case", "Step"]
 
 BETA, SMOOTHING, MARGIN = 5.0, 0.1, 0.35
 
@@ -28,6 +28,7 @@ class Case:
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: str
+    only: tuple[str, ...] = ()  # of its routes, besides the baseline; without them all
 
     @property
     def name(self) -> str:
@@ -37,7 +38,9 @@ class Case:
     def routes(self) -> dict[str, Callable[[Case], Step]]:
         if self.part == "classes":
             return {name: ROUTES["logits"][name] for name in DRAWN}
-        return ROUTES[self.part]
+        routes = ROUTES[self.part]
+        base = next(iter(routes))
+        return {name: route for name, route in routes.items() if not self.only or name == base or name in self.only}
 
     @property
     def bytes_moved(self) -> int:

@@ -140,9 +140,8 @@ def diagnosis() -> str:
     return "\n".join(f"- {name}: {markdown.plain(claim['conclusion'])}" for name, claim in claims.items())
 
 
-def bench() -> dict[str, str]:
-    """What `python -m gd_plugin.bench` measured: a table of every part, and the rest."""
-    result = json.loads((RESULTS / "bench/bench.json").read_bytes())
+def tables_of_times(result: dict) -> dict[str, str]:
+    """Of a bench.json, by the part that they show."""
     blocks = {}
     for part in ("logits", "smoothing", "linear", "model"):
         cases = [case for case in result["cases"] if case["name"].startswith(part)]
@@ -163,6 +162,14 @@ def bench() -> dict[str, str]:
             rows.append([name, *cells])
         head = [f"time / {base}", *(case["name"].removeprefix(f"{part} ") for case in cases)]
         blocks[f"bench_{part}"] = markdown.table(head, rows)
+    return blocks
+
+
+def bench() -> dict[str, str]:
+    """What `python -m gd_plugin.bench` measured: a table of every part, and the rest."""
+    result = json.loads((RESULTS / "bench/bench.json").read_bytes())
+    alone = json.loads((RESULTS / "bench/alone.json").read_bytes())
+    blocks = {"bench_alone": tables_of_times(alone)["bench_logits"], **tables_of_times(result)}
     steps = "; ".join(
         f"of a {step['model']} of {step['parameters'] / 1e6:.1f} million weights, batch {step['batch']}, "
         f"{median:.3f} ({low:.3f} to {high:.3f})"

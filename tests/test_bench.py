@@ -99,3 +99,31 @@ def test_bad_input(words, message, capsys):
     assert main(words) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"python -m gd_plugin.bench: error: {message}") and err.count("\n") == 1
+
+
+def test_routes_can_be_chosen(tmp_path, capsys):
+    words = [
+        "--parts",
+        "logits",
+        "--largest",
+        "2000",
+        "--rounds",
+        "1",
+        "--device",
+        "cpu",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    assert main([*words, "--routes", "gradient-decay"]) == 0
+    (case,) = json.loads((tmp_path / "bench.json").read_bytes())["cases"]
+    assert list(case["routes"]) == ["F.cross_entropy", "gradient-decay"]
+    assert "measuring logits 128 x 10, float32: 2 routes" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*words, "--routes", "gradient-decoy"])
+    assert "invalid choice: 'gradient-decoy'" in capsys.readouterr().err
+
+
+def test_nothing_to_measure_is_refused(tmp_path, capsys):
+    assert main(["--parts", "linear", "--largest", "100", "--output_dir", str(tmp_path / "new")]) == 2
+    assert "--largest 100 leaves nothing of these --parts to measure" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 import gd_plugin
-from gd_plugin import gradient_decay_cross_entropy
+from gd_plugin import gradient_decay_cross_entropy, linear_gradient_decay_cross_entropy
 from gd_plugin.hf import GradientDecayTrainer
 
 OURS = str(Path(gd_plugin.__file__).parent)
@@ -68,6 +68,15 @@ def test_nothing_waits_for_the_device(kind, more, tmp_path, monkeypatch):
     with Waits(monkeypatch) as waits:
         steps(tmp_path, kind=kind, logging_strategy="no", **more)
     assert not waits.found
+
+
+@pytest.mark.parametrize("more", [{}, {"label_smoothing_factor": 0.1}, {"gd_class_weights": [1.0] * 32}], ids=str)
+def test_nothing_waits_for_the_device_in_a_fused_head(more, tmp_path, monkeypatch):
+    arguments = make_arguments(tmp_path, max_steps=8, gd_fused_linear=True, logging_strategy="no", **WARMUP, **more)
+    trainer = GradientDecayTrainer(make_model("llama"), arguments, train_dataset=make_data("llama"))  # which tries it
+    with Waits(monkeypatch) as waits:
+        trainer.train()
+    assert not waits.found and trainer.compute_loss_func.calls == 8
 
 
 def test_waiting_is_found(tmp_path, monkeypatch):
@@ -125,11 +134,19 @@ def test_nothing_waits_for_a_gpu(tmp_path):
     logits = torch.randn(64, 1000, device="cuda", requires_grad=True)
     target = torch.randint(1000, (64,), device="cuda")
     beta, weight = torch.tensor(5.0, device="cuda"), torch.rand(1000, device="cuda")
-    gradient_decay_cross_entropy(logits, target, beta, weight).backward()  # what is done once may wait
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    head = torch.randn(1000, 1000, device="cuda", requires_grad=True)
+
+    def losses():
         for smoothing in (0.0, 0.1):
             gradient_decay_cross_entropy(logits, target, beta, weight, label_smoothing=smoothing).backward()
+            linear_gradient_decay_cross_entropy(
+                logits, head, target, beta, weight=weight, label_smoothing=smoothing
+            ).backward()
+
+    losses()  # what is done once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses()
         with pytest.raises(RuntimeError):
             logits.sum().item()
     finally:

@@ -104,7 +104,7 @@ REFUSED = {
     "regression": ("bert", dict(problem_type="regression"), {}, "problem_type is 'regression': the gradient-decay"),
     "one label": ("bert", dict(num_labels=1), {}, "the model has num_labels=1 (regression)"),
     "two label names": ("bert", {}, dict(label_names=["a", "b"]), "the gradient-decay loss needs exactly one label c"),
-    "no label name": ("custom", {}, {}, "the gradient-decay loss needs exactly one label column, this model has []"),
+    "no label name": ("custom", {}, {}, "TupleClassifier takes no labels: load the model with a head"),
 }
 
 

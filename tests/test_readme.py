@@ -102,7 +102,7 @@ def _shell(command, folder):
 
 def test_the_readme_has_snippets():
     assert (
-        len(PYTHON) == 8 and len(SHELL) == 15 and len(DIFFS) == 2 and len(TIMM) == 4 and set(SETUP) == {"demo", "test"}
+        len(PYTHON) == 9 and len(SHELL) == 15 and len(DIFFS) == 2 and len(TIMM) == 4 and set(SETUP) == {"demo", "test"}
     )
     assert {language for language, _ in BLOCKS} == {"diff", "python", "bash", "bibtex"}
 
