@@ -165,21 +165,26 @@ def tables_of_times(result: dict) -> dict[str, str]:
     return blocks
 
 
-def bench() -> dict[str, str]:
-    """What `python -m gd_plugin.bench` measured: a table of every part, and the rest."""
-    result = json.loads((RESULTS / "bench/bench.json").read_bytes())
-    alone = json.loads((RESULTS / "bench/alone.json").read_bytes())
-    blocks = {"bench_alone": tables_of_times(alone)["bench_logits"], **tables_of_times(result)}
-    steps = "; ".join(
+def ratios_of_steps(result: dict) -> str:
+    return "; ".join(
         f"of a {step['model']} of {step['parameters'] / 1e6:.1f} million weights, batch {step['batch']}, "
         f"{median:.3f} ({low:.3f} to {high:.3f})"
         for step in result["step"]
         for low, median, high in [step_ratio(step)]
     )
+
+
+def bench() -> dict[str, str]:
+    """What `python -m gd_plugin.bench` measured: a table of every part, and the rest."""
+    result = json.loads((RESULTS / "bench/bench.json").read_bytes())
+    alone = json.loads((RESULTS / "bench/alone.json").read_bytes())
+    step = json.loads((RESULTS / "bench/step.json").read_bytes())
+    blocks = {"bench_alone": tables_of_times(alone)["bench_logits"], **tables_of_times(result)}
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "transformers", "timm"))
     blocks["bench_rest"] = (
         "A step of `GradientDecayTrainer` with a warm-up in units of the Trainer's with its own cross-entropy, median "
-        f"and quartiles of blocks of steps in turns: {steps}. From 10,000 classes to a million, time grows with their "
+        f"and quartiles of blocks of steps in turns: {ratios_of_steps(result)}. Alone, in {step['rounds']} blocks: "
+        f"{ratios_of_steps(step)}. From 10,000 classes to a million, time grows with their "
         f"number to the power of {growth(result['classes']):.2f}, that of `F.cross_entropy` to the power of "
         f"{growth(result['classes'], 'F.cross_entropy'):.2f}. Measured in {result['rounds']} rounds with beta "
         f"{result['beta']:g} on {hardware(result)}; {versions}; commit {result['commit'][:10]}."
