@@ -72,11 +72,17 @@ def test_nothing_waits_for_the_device(kind, more, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("more", [{}, {"label_smoothing_factor": 0.1}, {"gd_class_weights": [1.0] * 32}], ids=str)
 def test_nothing_waits_for_the_device_in_a_fused_head(more, tmp_path, monkeypatch):
-    arguments = make_arguments(tmp_path, max_steps=8, gd_fused_linear=True, logging_strategy="no", **WARMUP, **more)
-    trainer = GradientDecayTrainer(make_model("llama"), arguments, train_dataset=make_data("llama"))  # which tries it
-    with Waits(monkeypatch) as waits:
-        trainer.train()
-    assert not waits.found and trainer.compute_loss_func.calls == 8
+    """Nothing but what the model itself waits for, with the logits too."""
+    found = {}
+    for fused in (False, True):
+        knobs = WARMUP | more | {"gd_fused_linear": fused}
+        arguments = make_arguments(tmp_path, max_steps=8, logging_strategy="no", **knobs)
+        trainer = GradientDecayTrainer(make_model("llama"), arguments, train_dataset=make_data("llama"))  # tries it
+        with Waits(monkeypatch) as waits:
+            trainer.train()
+        found[fused] = waits.found
+        assert trainer.compute_loss_func.calls == 8
+    assert found[True] == found[False] and set(found[True]) <= {"hf.py: compute_loss"}
 
 
 def test_waiting_is_found(tmp_path, monkeypatch):
