@@ -131,7 +131,10 @@ class _Sum(torch.autograd.Function):
         if ctx.divisor is not None:
             # The mean of no row is 0 / 0, and its gradient 0: as F.cross_entropy.
             grad = (grad / ctx.divisor).masked_fill(ctx.arguments[1].all(), 0.0)
-        return *kept.result(grad), None, None, None
+        of_input, *of_head = kept.result(grad)
+        if of_input is not None and ctx.divisor is not None:
+            of_input.masked_fill_(ctx.arguments[1].unsqueeze(1), 0.0)  # where the weights of the others sum to 0
+        return of_input, *of_head, None, None, None
 
 
 class _Rows(torch.autograd.Function):

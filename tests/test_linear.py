@@ -374,3 +374,5 @@ def test_weights_of_zero():
         None,
     )
     assert all(tensor.isnan().any() for tensor in got)
+    ignored = target == -100
+    assert got[1][~ignored].isnan().all() and got[1][ignored].eq(0).all()
