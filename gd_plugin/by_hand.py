@@ -193,7 +193,8 @@ def _of_probabilities(
     def finish(grad: Tensor, _) -> Tensor:
         if not soft:
             grad = grad.expand(ignored.shape).masked_fill(ignored, 0.0)
-        return out.mul_(grad.to(dtype).unsqueeze(1) if grad.dim() else grad.to(dtype))
+        out.mul_(grad.to(dtype).unsqueeze(1) if grad.dim() else grad.to(dtype))
+        return out if soft else out.masked_fill_(ignored.unsqueeze(1), 0.0)  # whatever the row holds
 
     kept = _Kept(finish, False) if keep else None
     return _joined(losses), _joined(cross_entropies) if return_cross_entropy else None, kept
@@ -302,7 +303,7 @@ def _as_logits(rows: Tensor, logits: Tensor) -> Tensor:
 def _rows_for_kernel(logits: Tensor) -> Tensor | None:
     """The logits as (N, C) where the Triton kernels can work on them: on a GPU, where Triton is installed."""
     if torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
-        return None  # which would not see what a kernel writes
+        return None  # a trace or a dispatch mode would not see what a kernel writes
     if (logits.is_cuda or _KERNELS_ON_CPU) and (kernels := _kernels()) is not None:
         return kernels.as_rows(logits)
     return None

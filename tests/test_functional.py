@@ -935,6 +935,15 @@ def test_logits_that_overflow_are_seen(place, value, variant):
         assert got.isnan().all() and gradient.isnan().any(), loss
 
 
+def test_an_ignored_row_that_overflows_has_no_gradient_with_label_smoothing():
+    logits = torch.zeros(3, 5)
+    logits[1, 0] = math.inf
+    target = torch.tensor([0, -100, 2])
+    loss, gradient = value_and_grad(gradient_decay_cross_entropy, logits, target, 0.1, label_smoothing=0.1)
+    assert loss.isfinite() and gradient.isfinite().all()
+    assert gradient[1].tolist() == [0.0] * 5 and gradient[0].abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("variant", ["index", "smoothed", "soft"])
 def test_inside_a_checkpoint(variant):
     logits, target, loss = variant_call(variant)
