@@ -169,3 +169,15 @@ def vit(tmp_path_factory):
     ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=3, **sizes)).save_pretrained(folder)
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Whatever torch allocates without filling it holds NaN: an element that is never written shows."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # and with it `fill_uninitialized_memory`
+    assert torch.empty(3).isnan().all() and torch.empty_like(torch.ones(3)).isnan().all()  # or nothing is poisoned
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -796,7 +796,7 @@ def test_empty_batches(shape, reduction, soft):
 
 @pytest.mark.parametrize("shape", [(52, 123), (131, 37), (3, 507), (4, 252), (300, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_blocks_of_rows(shape, dtype, monkeypatch):
+def test_blocks_of_rows(shape, dtype, monkeypatch, poisoned_memory):
     """What many logits are worked on in, on few: with blocks of a part of a row, of rows, and a last one cut short."""
     blocks = []
     original = by_hand.gap_of_block
@@ -833,7 +833,7 @@ def test_blocks_of_rows(shape, dtype, monkeypatch):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(("soft", "smoothing"), [(False, 0.0), (False, 0.1), (True, 0.0), (True, 0.1)])
 @pytest.mark.parametrize("shape", [(252, 5), (4, 5, 3), (2, 5, 3, 2)])
-def test_by_hand_as_composed(shape, soft, smoothing, reduction, beta, weight, monkeypatch):
+def test_by_hand_as_composed(shape, soft, smoothing, reduction, beta, weight, monkeypatch, poisoned_memory):
     """Block by block, with odd numbers of rows; composed where torch differentiates."""
     monkeypatch.setattr(by_hand, "BLOCK", 7 * 5 * 4)
     logits, target = make(shape, soft=soft)

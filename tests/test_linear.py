@@ -12,7 +12,7 @@ N, D, C = 37, 12, 23
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
+def small_chunks(monkeypatch, poisoned_memory):
     """Five rows at once, the last chunk cut short, in blocks of two rows."""
     monkeypatch.setattr(linear, "_LOGITS_AT_ONCE", 5 * C)
     monkeypatch.setattr(by_hand, "BLOCK", 2 * C)
